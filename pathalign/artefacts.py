@@ -1,0 +1,87 @@
+"""Artefacts are folders that appear whole or not at all.
+
+A stage writes into `.<name>.partial` beside its output and the folder is renamed when it is complete; whatever a killed
+run leaves behind has a name that nothing loads, and the same command finds its checkpoints there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pathalign.schema import InputError
+
+
+def partial_dir(output_dir: Path) -> Path:
+    """The folder in which the artefact `output_dir` is being made."""
+    return output_dir.with_name(f".{output_dir.name}.partial")
+
+
+@contextmanager
+def artefact(output_dir: str | Path, *, scratch: tuple[str, ...] = ("checkpoints",)) -> Iterator[Path]:
+    """Make an artefact atomically: yields a working folder that becomes `output_dir` when the block ends well.
+
+    The working folder survives an interruption, so a stage looks in it for its checkpoints first. An earlier artefact
+    of the same name is replaced only at the end.
+
+    Args:
+        output_dir: Where the finished artefact shall stand.
+        scratch: Names inside the working folder that are removed before the artefact is shown.
+
+    Raises:
+        InputError: If the place cannot be written to.
+    """
+    output_dir = Path(output_dir).absolute()
+    working = partial_dir(output_dir)
+    try:
+        working.mkdir(parents=True, exist_ok=True)
+        probe = working / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"Cannot write to {output_dir}: {error.strerror}. Choose another output folder.") from error
+    try:
+        yield working
+    except OSError as error:
+        if error.errno == 28:
+            raise InputError(
+                f"The disk of {output_dir} is full. Free some space and run the same command again."
+            ) from error
+        raise
+    for name in scratch:
+        shutil.rmtree(working / name, ignore_errors=True)
+    if output_dir.exists():
+        replaced = output_dir.with_name(f".{output_dir.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        output_dir.rename(replaced)
+        working.rename(output_dir)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        working.rename(output_dir)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace one file whole: readers see the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)
+
+
+def fingerprint(value: Any) -> str:
+    """Hash of a JSON-like value, or of all file contents below a folder. 16 hex digits.
+
+    `run.json` is left out of a folder's hash: it holds times, which differ between equal runs.
+    """
+    digest = hashlib.sha256()
+    if isinstance(value, Path):
+        for path in sorted(value.rglob("*")) if value.is_dir() else [value]:
+            if path.is_file() and path.name != "run.json":
+                digest.update(str(path.relative_to(value)).encode() + b"\0" + path.read_bytes())
+    else:
+        digest.update(json.dumps(value, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,292 @@
+"""The `pathalign` command: a subcommand for each stage, and `run` and `demo` for all of them.
+
+A stage's options are made from its settings; torch and its friends are imported when a stage runs, never for help.
+stdout holds results only: with `--json` exactly one JSON object. Everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, fields
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import click
+
+from pathalign.config import (
+    ConfigError,
+    StageConfig,
+    build,
+    default_of,
+    parse_overrides,
+    plain_type,
+    read_yaml,
+)
+from pathalign.schema import DISCLAIMER, InputError, RunRecord
+from pathalign.stages import STAGES, load
+from pathalign.workflow import StepResult, execute, merge, peak_rss_mb, plan, recipe
+
+INTERRUPTED = "Interrupted. Run the same command again to go on where it was."
+ALIGN_METHODS = ("reward-weighted",)
+
+
+class Commands(click.Group):
+    """The top command: turns errors into one message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand; 2 is for wrong usage or configuration, 130 for Ctrl-C, 1 for all else."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            click.echo(INTERRUPTED, err=True)
+            return ctx.exit(130)
+        except Exception as error:
+            if ctx.params["debug"]:
+                raise
+            click.echo(f"Error: {_explain(error)}", err=True)
+            return ctx.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, InputError):
+        return str(error)
+    text = " ".join(str(error).split())
+    memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text
+    if memory:
+        return "The memory is full. Lower `batch_size` or `image_size_px`, or end other programs, and run it again."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "The disk is full. Free some space and run the same command again."
+    return f"{type(error).__name__}: {text or 'no message'} (`pathalign --debug ...` shows the traceback)"
+
+
+class CommaSeparated(click.ParamType):
+    """A list in one word: `a,b`. Values `element` turns text into."""
+
+    def __init__(self, element: type) -> None:
+        self.element = element
+        self.name = f"{element.__name__},..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        """Split at commas; an empty word is an empty list."""
+        try:
+            return [self.element(word.strip()) for word in value.split(",") if word.strip()]
+        except ValueError:
+            self.fail(f"{value!r} is no list of {self.element.__name__}, such as 1,2.", param, ctx)
+
+
+def setting_options(config_class: type[StageConfig]) -> list[click.Parameter]:
+    """One option for each field, named and explained as the field is; what is not given stays None or empty."""
+    hints = get_type_hints(config_class)
+    options: list[click.Parameter] = []
+    for item in fields(config_class):
+        kind, _, choices = plain_type(hints[item.name])
+        default = default_of(item)
+        shown = ",".join(map(str, default)) if isinstance(default, list) else "" if default is None else str(default)
+        flag = f"--{item.name.replace('_', '-')}"
+        help_text = f"{item.metadata['help']}  [default: {shown or 'none'}]"
+        if kind is bool:
+            options.append(click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=help_text))
+        elif kind is list:
+            element = CommaSeparated(get_args(hints[item.name])[0])
+            options.append(click.Option([flag], type=element, multiple=True, help=help_text))
+        else:
+            options.append(click.Option([flag], type=click.Choice(choices) if choices else kind, help=help_text))
+    return options
+
+
+def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the command line names; repeated lists are joined."""
+    named = {key: value for key, value in options.items() if value is not None and value != ()}
+    return {key: list(chain(*value)) if isinstance(value, tuple) else value for key, value in named.items()}
+
+
+JSON_HELP = "Print the result as one JSON object on stdout."
+
+
+def stage_command(name: str, stage: str, output_dir: str, extra: tuple[click.Parameter, ...] = ()) -> click.Command:
+    """Make the subcommand of a stage.
+
+    Args:
+        name: What the user types.
+        stage: Its name in `STAGES`.
+        output_dir: Default folder of what it makes; `{role}` is filled in from the settings.
+        extra: Further options, which are not settings.
+    """
+    entry = next(item for item in STAGES if item.name == stage)
+    config_class: type[StageConfig] = load(entry.settings)
+
+    def callback(config_file: Path | None, folder: Path | None, as_json: bool, **options: Any) -> None:
+        for parameter in extra:
+            options.pop(parameter.name or "", None)
+        values = read_yaml(config_file) if config_file else {}
+        named = values.pop("output_dir", None)
+        config = build(config_class, {**values, **given_settings(options)}, title=f"pathalign {name}")
+        target = folder or Path(named or output_dir.format(**asdict(config)))
+        with _quiet():
+            record: RunRecord = load(entry.entry)(config, target)
+        _print({**asdict(record), "output_dir": str(target)}, as_json, f"{target}")
+
+    shared: list[click.Parameter] = [
+        click.Option(["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file with settings."),
+        click.Option(
+            ["--output-dir", "folder"],
+            type=click.Path(path_type=Path),
+            help=f"Folder that is made.  [default: {output_dir.replace('{role}', 'ROLE')}]",
+        ),
+        click.Option(["--json", "as_json"], is_flag=True, help=JSON_HELP),
+    ]
+    return click.Command(
+        name,
+        params=[*extra, *shared, *setting_options(config_class)],
+        callback=callback,
+        help=f"{config_class.__doc__}\n\nOptions override the values in --config. {DISCLAIMER}",
+        short_help=(config_class.__doc__ or "").split("\n")[0],
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Send what libraries print to stderr, and switch off their progress bars and warnings; ours remain."""
+    for name in ("TRANSFORMERS", "DIFFUSERS", "DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{name}_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    context = click.get_current_context().find_root()
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        if not context.params["debug"]:
+            warnings.simplefilter("ignore")
+        yield
+
+
+def _print(result: Mapping[str, Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps(_finite(result), indent=2, sort_keys=True, default=str) if as_json else text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN or infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="pathalign")
+@click.option("--debug", is_flag=True, help="Show tracebacks and the warnings of libraries.")
+def main(debug: bool) -> None:
+    """Align synthetic medical images with clinical knowledge by expert feedback.
+
+    `pathalign demo` runs the whole loop. Research only, never for diagnosis.
+    """
+
+
+@click.group()
+def grade() -> None:
+    """Simulated graders: fit one on real images, let some grade candidates."""
+
+
+grade.add_command(stage_command("fit", "graders", "runs/{role}"))
+grade.add_command(stage_command("simulate", "grade", "runs/grades"))
+
+METHOD_OPTION = click.Option(
+    ["--method"],
+    type=click.Choice(ALIGN_METHODS),
+    default="reward-weighted",
+    show_default=True,
+    help="How the model is aligned.",
+)
+main.add_command(stage_command("data", "data", "runs/data"))
+main.add_command(stage_command("pretrain", "pretrain", "runs/base"))
+main.add_command(stage_command("generate", "generate", "runs/candidates"))
+main.add_command(grade)
+main.add_command(stage_command("feedback", "feedback", "runs/feedback"))
+main.add_command(stage_command("reward", "reward", "runs/reward"))
+main.add_command(stage_command("align", "align", "runs/adapter", (METHOD_OPTION,)))
+main.add_command(stage_command("evaluate", "evaluate", "runs/evaluation"))
+
+
+@main.command("run")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="STAGE.KEY=VALUE", help="Override a value of CONFIG.")
+@click.option("--output-dir", "folder", type=click.Path(path_type=Path), help="Run directory.  [default: in CONFIG]")
+@click.option("--from", "start", metavar="STAGE", help="Run this stage and all after it, changed or not.")
+@click.option("--until", metavar="STAGE", help="Run up to this stage.")
+@click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+def run_command(
+    config: Path, overrides: tuple[str, ...], folder: Path | None, start: str | None, until: str | None, as_json: bool
+) -> None:
+    r"""Run all stages of CONFIG.yaml in one run directory.
+
+    CONFIG has `output_dir`, `seed` and a section for each stage. A stage whose settings and inputs have not changed is
+    not run again; a changed one and all after it are. After an interruption the same command goes on where it was.
+
+    \b
+    Stages: data, pretrain, graders, generate, grade, feedback,
+            reward, align, control, sample, evaluate
+    """
+    began = time.monotonic()
+    values = merge(read_yaml(config), parse_overrides(overrides))
+    run_dir = folder or Path(values.get("output_dir") or f"runs/{config.stem}")
+    with _quiet():
+        results = execute(plan(values, run_dir, title=str(config)), run_dir, start, until)
+    evaluated = results[-1].folder.name == "evaluation"
+    metrics = _metrics(run_dir) if evaluated else None
+    summary = {**_cost(began, results), "output_dir": str(run_dir), "evaluation": metrics}
+    summary["steps"] = [asdict(result) for result in results]
+    _print(summary, as_json, _table(run_dir, metrics) if metrics else str(run_dir))
+
+
+@main.command("demo")
+@click.option("--data", metavar="PATH_OR_REPO_ID", help="Labelled real images.  [default: a drawn phantom]")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="About how long it may take on two cores.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything.")
+@click.option("--output-dir", "run_dir", type=click.Path(path_type=Path), default="runs/demo", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+def demo_command(data: str | None, minutes: float | None, seed: int, run_dir: Path, as_json: bool) -> None:
+    """Run the whole loop with good settings for two cores, graded by a simulated grader.
+
+    Ends with the table of metrics before and after, and where the report lies. The same command goes on after an
+    interruption. `--minutes` scales the numbers of steps and images; the result depends on it, never on the clock.
+    """
+    began = time.monotonic()
+    values = recipe("demo_phantom" if data in (None, "phantom") else "demo_real", minutes)
+    values = merge(values, {"seed": seed, "data": {"source": data} if data else {}})
+    with _quiet():
+        results = execute(plan(values, run_dir, title="pathalign demo"), run_dir)
+    metrics = _metrics(run_dir)
+    report = str(run_dir / "evaluation" / "report.html")
+    summary = {**metrics, **_cost(began, results), "simulated": True, "report": report}
+    _print(summary, as_json, _table(run_dir, metrics))
+
+
+def _cost(began: float, results: list[StepResult]) -> dict[str, Any]:
+    """Time of this command, and memory of it and of those that made what it kept."""
+    peak = max([peak_rss_mb(), *(result.peak_rss_mb for result in results)])
+    return {"wall_s": round(time.monotonic() - began, 2), "peak_rss_mb": round(peak, 1)}
+
+
+def _metrics(run_dir: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+    return metrics
+
+
+def _table(run_dir: Path, metrics: Mapping[str, Any]) -> str:
+    with _quiet():
+        table = load("pathalign.evaluate:summary_table")(metrics)
+    return f"{table}\n\nReport: {run_dir / 'evaluation' / 'report.html'}\n{DISCLAIMER}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The diffusion model: its pipeline, its conditions and its adapters."""

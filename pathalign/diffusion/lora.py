@@ -1,0 +1,78 @@
+"""Attach, save and load LoRA adapters by the UNet's own adapter methods (LoRA: arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+
+from pathalign.diffusion.pipeline import ClassConditionalPipeline
+from pathalign.schema import InputError
+
+ADAPTER_NAME = "default"
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+CONVOLUTION_LAYERS = ("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj")
+
+
+def attach(unet: UNet2DConditionModel, rank: int, alpha: float, convolutions: bool, generator: torch.Generator) -> None:
+    """Freeze the UNet and add a trainable adapter that changes nothing yet.
+
+    Args:
+        unet: Changed in place.
+        rank: Rank of the update of each layer.
+        alpha: The update is scaled by `alpha / rank`.
+        convolutions: Adapt convolutions and time projections too, not attention only.
+        generator: Draws the down-projections; the up-projections start at zero.
+    """
+    layers = ATTENTION_LAYERS + (CONVOLUTION_LAYERS if convolutions else ())
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(layers)), adapter_name=ADAPTER_NAME)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_A" in name:  # peft draws from the global generator; ours makes the run repeatable
+                fan_in = parameter[0].numel()
+                noise = torch.rand(parameter.shape, generator=generator) * 2 - 1
+                parameter.copy_((noise / fan_in**0.5).to(parameter))
+
+
+def parameters(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
+    """The adapter's trainable parameters by name."""
+    return {name: parameter for name, parameter in unet.named_parameters() if "lora_" in name}
+
+
+def state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """A copy of the adapter's weights, in peft's names."""
+    weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+def restore(unet: UNet2DConditionModel, weights: dict[str, torch.Tensor]) -> None:
+    """Put back what `state` copied."""
+    set_peft_model_state_dict(unet, weights, adapter_name=ADAPTER_NAME)
+
+
+def save(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Write the adapter in diffusers' format, for `load_lora_weights`."""
+    ClassConditionalPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers={name: tensor.contiguous() for name, tensor in state(unet).items()},
+        unet_lora_adapter_metadata=unet.peft_config[ADAPTER_NAME].to_dict(),
+    )
+
+
+def load(
+    pipeline: ClassConditionalPipeline, path_or_repo_id: str, scale: float = 1.0, revision: str | None = None
+) -> None:
+    """Load an adapter from a folder or Hub repo onto a pipeline and make it active.
+
+    Raises:
+        InputError: If the folder holds no adapter.
+    """
+    folder = Path(path_or_repo_id)
+    if folder.is_dir() and not (folder / WEIGHTS_NAME).is_file():
+        raise InputError(f"{folder} holds no {WEIGHTS_NAME}; give a folder or repo made by `pathalign align`.")
+    pipeline.load_lora_weights(path_or_repo_id, weight_name=WEIGHTS_NAME, adapter_name=ADAPTER_NAME, revision=revision)
+    pipeline.set_adapters([ADAPTER_NAME], [scale])

@@ -1,0 +1,163 @@
+"""A class-conditional diffusion pipeline in pixel space. It travels with the weights and needs diffusers only."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from PIL import Image
+
+
+def randn_per_image(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Noise of shape `(len(generators), *shape)`, float32; image i draws from `generators[i]` only."""
+    return torch.stack([torch.randn(shape, generator=generator, device=generator.device) for generator in generators])
+
+
+class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+    """Draws images of given classes with a `UNet2DConditionModel` that has class embeddings and no text.
+
+    The UNet's last class embedding stands for "no class" and serves classifier-free guidance (arXiv:2207.12598).
+    Images are synthetic: for research only, never for diagnosis.
+
+    Args:
+        unet: Built with `num_class_embeds = len(class_names) + 1`, predicting noise or velocity as the scheduler says.
+        scheduler: Any diffusers scheduler with the training schedule.
+        id2label: Class id -> class name; saved in `model_index.json`, where the ids become strings.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _lora_loadable_modules = ["unet"]
+    text_encoder = None  # the LoRA loader asks for it
+
+    def __init__(
+        self, unet: UNet2DConditionModel, scheduler: SchedulerMixin, id2label: dict[str, str] | None = None
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(id2label={str(class_id): name for class_id, name in (id2label or {}).items()})
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names in the order of their ids."""
+        return [self.config.id2label[class_id] for class_id in sorted(self.config.id2label, key=int)]
+
+    def class_ids(self, class_labels: str | int | Sequence[str | int]) -> torch.Tensor:
+        """Class names or ids to ids, shape `(n,)`, int64.
+
+        Raises:
+            ValueError: If a name or id is not one of the model's.
+        """
+        if isinstance(class_labels, (str, int)):
+            class_labels = [class_labels]
+        names = self.class_names
+        ids = []
+        for label in class_labels:
+            if isinstance(label, str) and label in names:
+                ids.append(names.index(label))
+            elif not isinstance(label, str) and 0 <= int(label) < len(names):
+                ids.append(int(label))
+            else:
+                raise ValueError(
+                    f"Class {label!r} is not known to this model; use one of {names} or 0 to {len(names) - 1}."
+                )
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def predict(
+        self, sample: torch.Tensor, timestep: torch.Tensor | int, class_ids: torch.Tensor, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
+        """UNet output for noisy images, guided if `guidance_scale` is not 1.
+
+        Args:
+            sample: Shape `(n, channels, size, size)`.
+            timestep: One timestep, or one for each image.
+            class_ids: Shape `(n,)`.
+            guidance_scale: 1 asks the conditional model only; above 1 moves away from the class-free prediction.
+        """
+        conditional = self.unet(sample, timestep, encoder_hidden_states=None, class_labels=class_ids).sample
+        if guidance_scale == 1.0:
+            return conditional
+        no_class = torch.full_like(class_ids, self.unet.config.num_class_embeds - 1)
+        unconditional = self.unet(sample, timestep, encoder_hidden_states=None, class_labels=no_class).sample
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: str | int | Sequence[str | int],
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_inference_steps: int = 12,
+        guidance_scale: float = 1.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw one image for each label.
+
+        Args:
+            class_labels: Names or ids, one for each image.
+            generator: One generator for each image: batch size then never changes an image. A single generator is
+                used to seed one for each image; None takes fresh entropy.
+            num_inference_steps: Denoising steps.
+            guidance_scale: See `predict`.
+            output_type: `pil`, `np` (n, size, size, 3) in [0, 1], or `pt` (n, 3, size, size) in [-1, 1].
+            return_dict: Whether to return an `ImagePipelineOutput` or a tuple.
+
+        Raises:
+            ValueError: If a label is unknown, the number of generators differs from the number of labels, or the
+                output type is unknown.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"`output_type` is {output_type!r}; use pil, np or pt.")
+        class_ids = self.class_ids(class_labels).to(self.device)
+        generators = _generators(generator, len(class_ids))
+        config = self.unet.config
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        sample = randn_per_image(shape, generators).to(self.device, self.unet.dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        sample = sample * self.scheduler.init_noise_sigma
+        takes_noise = "generator" in inspect.signature(self.scheduler.step).parameters
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            model_input = self.scheduler.scale_model_input(sample, timestep)
+            model_output = self.predict(model_input, timestep, class_ids, guidance_scale)
+            options = {"generator": generators} if takes_noise else {}
+            sample = self.scheduler.step(model_output, timestep, sample, **options).prev_sample
+        images = _convert(sample.float().clamp(-1, 1), output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def fuse_lora(self, components: Sequence[str] = ("unet",), **kwargs: Any) -> None:
+        """Merge the active adapters into the UNet's weights; `unfuse_lora` takes them out again."""
+        super().fuse_lora(components=list(components), **kwargs)
+
+    def unfuse_lora(self, components: Sequence[str] = ("unet",), **kwargs: Any) -> None:
+        """Undo `fuse_lora`."""
+        super().unfuse_lora(components=list(components), **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write the pipeline, with this file as `pipeline.py` so that it loads where pathalign is not installed."""
+        super().save_pretrained(save_directory, **kwargs)
+        target = Path(save_directory) / "pipeline.py"
+        target.write_text(Path(inspect.getfile(ClassConditionalPipeline)).read_text())
+
+
+def _generators(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
+    if generator is None or isinstance(generator, torch.Generator):
+        device = "cpu" if generator is None else generator.device
+        seeds = torch.randint(0, 2**62, (count,), generator=generator, device=device).tolist()
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+    if len(generator) != count:
+        raise ValueError(f"There are {len(generator)} generators for {count} labels; give one for each image.")
+    return list(generator)
+
+
+def _convert(pixel_values: torch.Tensor, output_type: str) -> Any:
+    if output_type == "pt":
+        return pixel_values.cpu()
+    scaled = ((pixel_values + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return scaled
+    return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in scaled]

@@ -1,0 +1,283 @@
+"""The `evaluate` stage: compare candidate sets that were made with the same seeds, before and after alignment."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from pathalign.artefacts import artefact, fingerprint, write_atomically
+from pathalign.evaluate import alignment, fidelity, report, utility
+from pathalign.evaluate.report import Exhibits, summary_table
+from pathalign.evaluate.subjects import GENERATED, Subjects, load_subjects
+from pathalign.grading.simulated import SimulatedGrader
+from pathalign.images import ImageSet
+from pathalign.progress import say
+from pathalign.reward import RewardModel
+from pathalign.reward.encoders import load_encoder
+from pathalign.schema import RunRecord
+from pathalign.settings.evaluate import EvaluateConfig
+
+__all__ = ["EvaluateConfig", "evaluate", "summary_table"]
+
+CLOSEST_PAIRS = 8
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Who judges and measures."""
+
+    judge: SimulatedGrader
+    grader: SimulatedGrader | None
+    reward_model: RewardModel | None
+    encoder: nn.Module
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the panel says about each image of one set."""
+
+    judge: alignment.Verdicts
+    grader: alignment.Verdicts | None
+    rewards: np.ndarray | None
+
+
+def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
+    """Measure all sets and write `metrics.json`, `report.html` and `figures/`.
+
+    Args:
+        config: The inputs; nothing is sampled here.
+        output_dir: Folder that the artefact becomes.
+
+    Returns:
+        The run record; its `metrics` are the content of `metrics.json`.
+
+    Raises:
+        InputError: If an input is missing, class names or image sizes differ, or sets that shall be compared pairwise
+            were not made with the same seeds and classes.
+    """
+    started = time.monotonic()
+    subjects, panel = load_subjects(config), load_panel(config)
+    with artefact(output_dir) as folder:
+        answers = {name: consult(panel, images) for name, images in subjects.judged().items()}
+        measured, closest = measure_images(config, subjects, panel, folder / "checkpoints")
+        metrics = assemble(config, subjects, answers, measured)
+        record = RunRecord(
+            stage="evaluate",
+            config=asdict(config),
+            inputs={name: _identity(value) for name, value in _inputs(config).items()},
+            seeds={"subsets_and_bootstrap": config.seed},
+            metrics=metrics,
+        )
+        write_atomically(folder / "metrics.json", json.dumps(metrics, indent=2, sort_keys=True, allow_nan=False) + "\n")
+        exhibits = Exhibits(
+            sets=subjects.judged(),
+            verdicts={name: answer.judge for name, answer in answers.items()},
+            rewards={name: answer.rewards for name, answer in answers.items() if answer.rewards is not None},
+            train=subjects.train,
+            closest=closest,
+            calibration=calibration(panel, subjects.feedback),
+            phantom=subjects.phantom,
+        )
+        report.write(folder, metrics, exhibits, record)
+        record.wall_s = time.monotonic() - started
+        record.save(folder)
+    say(summary_table(metrics))
+    return record
+
+
+def load_panel(config: EvaluateConfig) -> Panel:
+    """Load the judge and, where they are given, the grader and the reward model, onto the machine's device."""
+    device = PartialState().device
+    model = RewardModel.from_pretrained(config.reward_model).to(device).eval() if config.reward_model else None
+    return Panel(
+        judge=SimulatedGrader.load(config.judge).to(device),
+        grader=SimulatedGrader.load(config.grader).to(device) if config.grader else None,
+        reward_model=model,
+        encoder=load_encoder(config.encoder),
+        device=device,
+    )
+
+
+def consult(panel: Panel, images: ImageSet) -> Answers:
+    """Ask judge, grader and reward model about every image of a set."""
+    return Answers(
+        judge=alignment.ask(panel.judge, images),
+        grader=alignment.ask(panel.grader, images) if panel.grader else None,
+        rewards=_rewards(panel, images) if panel.reward_model else None,
+    )
+
+
+def _rewards(panel: Panel, images: ImageSet) -> np.ndarray:
+    assert panel.reward_model is not None
+    model = panel.reward_model
+    return alignment.rewards_of(model.rewards, model.config.class_names, images, panel.device)
+
+
+def calibration(panel: Panel, feedback: ImageSet | None) -> list[dict[str, float]]:
+    """Calibration bins of the reward model on held-out feedback; empty if there is none."""
+    if feedback is None:
+        return []
+    return alignment.reliability(_rewards(panel, feedback), np.asarray(feedback.columns["plausible"], dtype=float))
+
+
+def measure_images(
+    config: EvaluateConfig, subjects: Subjects, panel: Panel, scratch: Path
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Fidelity, authenticity and usefulness of each set, and the closest pairs of `after` and training images."""
+    store = fidelity.FeatureStore(panel.encoder, config.encoder, scratch, panel.device)
+    turned = store.features(fidelity.all_orientations(subjects.train.images), "training images, eight orientations")
+    features = {name: store.features(images.images, name) for name, images in subjects.judged().items()}
+    rows = fidelity.match_rows(subjects.generated, subjects.test, config.neighbours, config.seed)
+    training = utility.match_training_rows(subjects.generated, subjects.train, config.seed)
+    copies = fidelity.CopyCheck.fit(turned, features["real"])
+    compared = {name: features[name][rows.generated[name]] for name in subjects.generated}
+    compared["real"] = features["real"][rows.floor]
+    sources = {name: features[name] for name in subjects.generated} | {"real": turned[: len(subjects.train)]}
+    classes = {name: images.class_ids.numpy() for name, images in subjects.generated.items()}
+    classes["real"] = subjects.train.class_ids.numpy()
+    pca = fidelity.reduce_dimensions(sources["real"], len(rows.reference))
+    measured, closest = {}, []
+    for name in subjects.judged():
+        nearest = copies.check(features[name])
+        if name == "after":
+            closest = nearest.closest(CLOSEST_PAIRS)
+        chosen = training[name]
+        correct = utility.correct_on_real(
+            sources[name][chosen], classes[name][chosen], features["real"], subjects.test.class_ids.numpy()
+        )
+        measured[name] = {
+            **_distances(config, features["real"][rows.reference], compared[name], pca),
+            **alignment.share(nearest.authentic, config.confidence, "authenticity"),
+            **alignment.share(correct, config.confidence, "utility_accuracy"),
+            "n_utility": len(chosen),
+        }
+    return measured, closest
+
+
+def _distances(config: EvaluateConfig, reference: np.ndarray, compared: np.ndarray, pca: Any) -> dict[str, Any]:
+    count = len(reference)
+    values: dict[str, Any] = fidelity.neighbourhood_metrics(reference, compared, config.neighbours)
+    for name in ("precision", "recall", "coverage"):  # shares of `count` images
+        values[f"{name}_ci"] = alignment.wilson(round(values[name] * count), count, config.confidence)
+    values["kid"], values["kid_sd"] = fidelity.kernel_distance(reference, compared, np.random.default_rng(config.seed))
+    if pca is not None:
+        reference, compared = pca.transform(reference), pca.transform(compared)
+    values["fid"] = fidelity.frechet_distance(reference, compared)
+    return {**values, "n_fidelity": count, "fid_dimensions": reference.shape[1]}
+
+
+def assemble(
+    config: EvaluateConfig, subjects: Subjects, answers: dict[str, Answers], measured: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Everything that `metrics.json` holds. A set that was not given is null there."""
+    sets: dict[str, Any] = dict.fromkeys((*GENERATED, "real"))
+    for name, images in subjects.judged().items():
+        answer = answers[name]
+        sets[name] = {
+            **alignment.judged_metrics(answer.judge, images, config.confidence),
+            **measured[name],
+            **_reward_metrics(config, answer),
+            **_grader_metrics(config, answer),
+        }
+    metrics = {
+        "reward": reward_evaluation(config.reward_model),
+        "metrics": sets,
+        **compare(config, subjects, answers, sets),
+        "confidence": config.confidence,
+        "simulated": True,
+        "phantom": subjects.phantom,
+    }
+    metrics["headline"] = report.hacking_warning(metrics) or report.headline(metrics)
+    return metrics
+
+
+def _reward_metrics(config: EvaluateConfig, answer: Answers) -> dict[str, Any]:
+    if answer.rewards is None:
+        return {"mean_reward": None, "mean_reward_ci": None}
+    draws = alignment.resampled_means([answer.rewards], config.bootstrap_samples, np.random.default_rng(config.seed))[0]
+    interval = alignment.percentile_interval(draws, config.confidence)
+    return {"mean_reward": float(answer.rewards.mean()), "mean_reward_ci": interval}
+
+
+def _grader_metrics(config: EvaluateConfig, answer: Answers) -> dict[str, Any]:
+    if answer.grader is None:
+        return {"grader_share": None, "grader_share_ci": None, "grader_judge_kappa": None}
+    return {
+        **alignment.share(answer.grader.plausible, config.confidence, "grader_share"),
+        "grader_judge_kappa": alignment.kappa(answer.grader.plausible, answer.judge.plausible),
+    }
+
+
+def compare(
+    config: EvaluateConfig, subjects: Subjects, answers: dict[str, Answers], sets: dict[str, Any]
+) -> dict[str, Any]:
+    """Gains with paired intervals, the gap closed, what got worse, and whether the reward was hacked."""
+
+    def gain(first: np.ndarray, second: np.ndarray) -> tuple[float, list[float]]:
+        return alignment.paired_gain(first, second, config.bootstrap_samples, config.confidence, config.seed)
+
+    before, after = answers["before"], answers["after"]
+    judge_gain = gain(before.judge.plausible, after.judge.plausible)
+    changes = {"plausible share": judge_gain}
+    if before.rewards is not None and after.rewards is not None:
+        changes["mean reward"] = gain(before.rewards, after.rewards)
+    if before.grader is not None and after.grader is not None:
+        changes["grader's plausible share"] = gain(before.grader.plausible, after.grader.plausible)
+    ids = subjects.generated["before"].class_ids.numpy()
+    for class_id, name in enumerate(subjects.test.class_names):
+        rows = ids == class_id
+        changes[f"plausible share of {name}"] = gain(before.judge.plausible[rows], after.judge.plausible[rows])
+    for column, name in enumerate(before.judge.criteria):
+        changes[f"share failing {name}"] = gain(before.judge.failed[:, column], after.judge.failed[:, column])
+    over_control: tuple[float | None, list[float] | None] = (None, None)
+    if "control" in answers:
+        over_control = gain(answers["control"].judge.plausible, after.judge.plausible)
+    closed, closed_ci = alignment.gap_closed(
+        before.judge.plausible,
+        after.judge.plausible,
+        answers["real"].judge.plausible,
+        config.bootstrap_samples,
+        config.confidence,
+        config.seed,
+    )
+    proxies = [changes[name][0] if name in changes else None for name in ("mean reward", "grader's plausible share")]
+    intervals = {name: interval for name, (_, interval) in changes.items()}
+    return {
+        "plausible_gain": judge_gain[0],
+        "plausible_gain_ci": judge_gain[1],
+        "gain_over_control": over_control[0],
+        "gain_over_control_ci": over_control[1],
+        "gap_closed": closed,
+        "gap_closed_ci": closed_ci,
+        "reward_gain": proxies[0],
+        "reward_gain_ci": intervals.get("mean reward"),
+        "reward_hacking": alignment.reward_hacking(judge_gain[0], *proxies),
+        "worse": alignment.what_got_worse(sets["before"], sets["after"], intervals),
+    }
+
+
+def reward_evaluation(reward_model: str | None) -> dict[str, Any]:
+    """What the reward stage measured on held-out grades; empty where there is no such file."""
+    path = Path(reward_model or "") / "evaluation.json"
+    if not reward_model or not path.is_file():
+        return {}
+    return dict(json.loads(path.read_text()))
+
+
+def _inputs(config: EvaluateConfig) -> dict[str, str]:
+    names = ("data", *GENERATED, "judge", "grader", "reward_model", "feedback")
+    return {name: value for name in names if (value := getattr(config, name))}
+
+
+def _identity(path_or_repo_id: str) -> str:
+    path = Path(path_or_repo_id)
+    return fingerprint(path) if path.is_dir() else path_or_repo_id

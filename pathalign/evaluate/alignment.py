@@ -1,0 +1,243 @@
+"""What the judge, the grader and the reward model say about a set of images, and what changed from before to after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import cohen_kappa_score
+from statsmodels.stats.proportion import proportion_confint
+from torch import Tensor
+
+from pathalign.grading.simulated import SimulatedGrader, class_ids_for
+from pathalign.images import ImageSet
+
+BATCH_SIZE = 128
+NOTABLE_FALL = 0.05
+
+Interval = list[float]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """A judge's answers on a whole set.
+
+    Attributes:
+        plausible: Shape `(n,)`, bool.
+        criteria: Names of the criteria.
+        failed: Shape `(n, len(criteria))`, bool.
+    """
+
+    plausible: np.ndarray
+    criteria: tuple[str, ...]
+    failed: np.ndarray
+
+
+def ask(judge: SimulatedGrader, images: ImageSet) -> Verdicts:
+    """Let `judge` look at all images; classes are matched by name."""
+    answer = judge.judge(images.pixel_values(), class_ids_for(images, judge.class_names))
+    return Verdicts(answer.plausible.numpy(), answer.criteria, answer.failed.numpy())
+
+
+@torch.no_grad()
+def rewards_of(
+    rewards: Callable[[Tensor, Tensor], Tensor], class_names: Sequence[str], images: ImageSet, device: torch.device
+) -> np.ndarray:
+    """Rewards of all images, in batches on `device`. Shape `(n,)`, float64 in 0..1."""
+    class_ids = class_ids_for(images, class_names)
+    parts = [
+        rewards(pixels.to(device), ids.to(device)).cpu()
+        for pixels, ids in zip(images.pixel_values().split(BATCH_SIZE), class_ids.split(BATCH_SIZE), strict=True)
+    ]
+    return torch.cat(parts).double().numpy()
+
+
+def wilson(successes: int, count: int, confidence: float) -> Interval:
+    """Wilson score interval of a share. Source: Wilson 1927, by statsmodels."""
+    low, high = proportion_confint(successes, count, alpha=1 - confidence, method="wilson")
+    return [float(low), float(high)]
+
+
+def share(values: np.ndarray, confidence: float, name: str) -> dict[str, Any]:
+    """Share of true values of shape `(n,)`, n > 0, as `{name: share, name_ci: [low, high]}`."""
+    return {name: float(values.mean()), f"{name}_ci": wilson(int(values.sum()), len(values), confidence)}
+
+
+def judged_metrics(verdicts: Verdicts, images: ImageSet, confidence: float) -> dict[str, Any]:
+    """Plausible share overall and per class, and the share that fails each criterion, with n and intervals."""
+    count, ids = len(images), images.class_ids.numpy()
+    overall = share(verdicts.plausible, confidence, "plausible_share")
+    return {
+        "n": count,
+        "plausible_share": overall["plausible_share"],
+        "plausible_ci": overall["plausible_share_ci"],
+        "per_class": {
+            name: {
+                "n": int((ids == class_id).sum()),
+                **share(verdicts.plausible[ids == class_id], confidence, "plausible_share"),
+            }
+            for class_id, name in enumerate(images.class_names)
+            if (ids == class_id).any()
+        },
+        "per_criterion": {
+            name: {"n": count, **share(verdicts.failed[:, column], confidence, "failed_share")}
+            for column, name in enumerate(verdicts.criteria)
+        },
+    }
+
+
+def kappa(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Cohen's kappa of two verdicts of shape `(n,)`; None where both always say the same one thing."""
+    if len(np.unique(np.concatenate([first, second]))) < 2:
+        return None
+    return float(cohen_kappa_score(first, second))
+
+
+def resampled_means(columns: Sequence[np.ndarray], samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Bootstrap means of arrays of shape `(n,)` whose rows belong together. Shape `(len(columns), samples)`.
+
+    Each resample takes the same rows from every column: images of one seed stay a pair.
+    """
+    count = len(columns[0])
+    weights = rng.multinomial(count, np.full(count, 1 / count), size=samples) / count
+    return np.stack(columns).astype(np.float64) @ weights.T
+
+
+def percentile_interval(draws: np.ndarray, confidence: float) -> Interval:
+    """Percentile bootstrap interval of draws of shape `(samples,)`."""
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return [float(low), float(high)]
+
+
+def paired_gain(
+    before: np.ndarray, after: np.ndarray, samples: int, confidence: float, seed: int
+) -> tuple[float, Interval]:
+    """Mean of `after - before` over pairs, both of shape `(n,)`, with its percentile bootstrap interval over pairs."""
+    first, second = resampled_means([before, after], samples, np.random.default_rng(seed))
+    return float(after.mean() - before.mean()), percentile_interval(second - first, confidence)
+
+
+def gap_closed(
+    before: np.ndarray, after: np.ndarray, real: np.ndarray, samples: int, confidence: float, seed: int
+) -> tuple[float | None, Interval | None]:
+    """Part of the distance between the base's and the real images' plausible share that alignment closed.
+
+    Args:
+        before: Verdicts, shape `(n,)`, bool; row i has the seed of row i of `after`.
+        after: Verdicts, shape `(n,)`, bool.
+        real: Verdicts on real images, shape `(m,)`, bool.
+        samples: Number of resamples.
+        confidence: Of the interval.
+        seed: Of the resampling.
+
+    Returns:
+        (after - before) / (real - before), 1 being all of it, and its bootstrap interval over pairs and real images.
+        Both are None where real images are not above the base; the interval is None where resampling leaves that open
+        in more cases than the interval leaves out on one side.
+    """
+    gap = float(real.mean() - before.mean())
+    if gap <= 0:
+        return None, None
+    rng = np.random.default_rng(seed)
+    first, second = resampled_means([before, after], samples, rng)
+    distances = rng.binomial(len(real), real.mean(), samples) / len(real) - first
+    closed = float(after.mean() - before.mean()) / gap
+    if (distances <= 0).mean() > (1 - confidence) / 2:
+        return closed, None
+    above = distances > 0
+    return closed, percentile_interval((second - first)[above] / distances[above], confidence)
+
+
+def reward_hacking(judge_gain: float, reward_gain: float | None, grader_gain: float | None) -> bool:
+    """Whether what was optimized rises while the judge falls.
+
+    Point estimates decide, not intervals: a warning that comes too early costs a look, one that is missing costs trust.
+
+    Args:
+        judge_gain: Change of the judge's plausible share.
+        reward_gain: Change of the mean reward, None if not measured.
+        grader_gain: Change of the grader's plausible share, None if not measured.
+    """
+    return judge_gain < 0 and any(gain is not None and gain > 0 for gain in (reward_gain, grader_gain))
+
+
+def reliability(rewards: np.ndarray, plausible: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
+    """Calibration bins of equal width over 0..1: `n`, mean reward and mean plausibility of each that holds images.
+
+    Args:
+        rewards: Shape `(n,)`, in 0..1.
+        plausible: Shape `(n,)`, graded plausibility in 0..1.
+        bins: Number of bins, empty ones included.
+    """
+    numbers = np.minimum((rewards * bins).astype(int), bins - 1)
+    return [
+        {
+            "n": int((numbers == number).sum()),
+            "reward": float(rewards[numbers == number].mean()),
+            "plausible": float(plausible[numbers == number].mean()),
+        }
+        for number in np.unique(numbers)
+    ]
+
+
+HIGHER_IS_BETTER = {
+    "plausible_share": "plausible share",
+    "grader_share": "grader's plausible share",
+    "grader_judge_kappa": "agreement of grader and judge (kappa)",
+    "mean_reward": "mean reward",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "authenticity": "authenticity",
+    "utility_accuracy": "usefulness",
+}
+LOWER_IS_BETTER = {"kid": "KID", "fid": "FID"}
+
+
+def what_got_worse(
+    before: dict[str, Any], after: dict[str, Any], intervals: dict[str, Interval]
+) -> list[dict[str, Any]]:
+    """Every figure that is worse after than before, the gravest first.
+
+    Args:
+        before: Metrics of one set, as in metrics.json.
+        after: The same of the other set.
+        intervals: Name of a figure -> interval of its paired change, where there is one.
+
+    Returns:
+        Rows of `name`, `before`, `after`, `difference`, `interval` (or None) and `notable`: the interval excludes 0, or
+        where there is none, the loss is more than 5 points (5 % of the former value for distances).
+    """
+    pairs = [(label, before[key], after[key], 1) for key, label in HIGHER_IS_BETTER.items()]
+    pairs += [(label, before[key], after[key], -1) for key, label in LOWER_IS_BETTER.items()]
+    for group, key, text, sign in (
+        ("per_class", "plausible_share", "plausible share of", 1),
+        ("per_criterion", "failed_share", "share failing", -1),
+    ):
+        pairs += [
+            (f"{text} {name}", entry[key], after[group][name][key], sign)
+            for name, entry in before[group].items()
+            if name in after[group]
+        ]
+    rows = []
+    for label, old, new, sign in pairs:
+        if old is None or new is None or sign * (new - old) >= 0:
+            continue
+        interval = intervals.get(label)
+        limit = NOTABLE_FALL * (abs(old) if label in LOWER_IS_BETTER.values() else 1)
+        excluded = interval is not None and (interval[0] > 0 or interval[1] < 0)
+        rows.append(
+            {
+                "name": label,
+                "before": old,
+                "after": new,
+                "difference": new - old,
+                "interval": interval,
+                "notable": excluded if interval is not None else abs(new - old) > limit,
+            }
+        )
+    return sorted(rows, key=lambda row: (not row["notable"], -abs(row["difference"])))

@@ -1,0 +1,301 @@
+"""The report: one HTML file that needs no network, its figures as files, and a plain table for the command line."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import Tensor
+
+from pathalign.augment import orient
+from pathalign.evaluate import figures
+from pathalign.evaluate.alignment import Verdicts
+from pathalign.evaluate.fidelity import rows_of_class
+from pathalign.evaluate.figures import SET_TITLES
+from pathalign.images import ImageSet
+from pathalign.schema import DISCLAIMER, RunRecord
+
+NOT_MEASURED = "not measured"
+PAIRS_PER_CLASS = 6
+EXTREME_SAMPLES = 8
+TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True)
+class Exhibits:
+    """What the report shows besides numbers.
+
+    Attributes:
+        sets: Images by set name; `before` and `after` pair up row by row.
+        verdicts: The judge's verdicts on each set.
+        rewards: Rewards of each set, shape `(n,)`; empty without a reward model.
+        train: Real training images.
+        closest: Closest pairs of `after` and training images, see `fidelity.NearestTraining.closest`.
+        calibration: Bins of `alignment.reliability`; empty without feedback.
+        phantom: Whether the "real" images are drawn.
+    """
+
+    sets: dict[str, ImageSet]
+    verdicts: dict[str, Verdicts]
+    rewards: dict[str, np.ndarray]
+    train: ImageSet
+    closest: list[dict[str, Any]]
+    calibration: list[dict[str, float]]
+    phantom: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the metric table."""
+
+    key: str
+    title: str
+    kind: Literal["share", "number"]
+    better: str
+    meaning: str
+    interval: str | None = None  # key of the interval
+    count: str | None = "n"  # key of the number of images
+
+
+ROWS = (
+    Row("plausible_share", "Plausible (judge)", "share", "higher", "images that the judge finds plausible",
+        "plausible_ci"),
+    Row("grader_share", "Plausible (grader)", "share", "higher", "the same by the grader who gave the feedback",
+        "grader_share_ci"),
+    Row("grader_judge_kappa", "Grader-judge kappa", "number", "higher", "their agreement beyond chance, 1 being full"),
+    Row("mean_reward", "Mean reward", "number", "higher", "what the reward model gives, 0 to 1", "mean_reward_ci"),
+    Row("precision", "Precision", "share", "higher", "generated images among real ones", "precision_ci", "n_fidelity"),
+    Row("recall", "Recall", "share", "higher", "real images among generated ones", "recall_ci", "n_fidelity"),
+    Row("density", "Density", "number", "higher", "how densely real images surround them", None, "n_fidelity"),
+    Row("coverage", "Coverage", "share", "higher", "real images that have one near", "coverage_ci", "n_fidelity"),
+    Row("kid", "KID", "number", "lower", "kernel distance to real images", None, "n_fidelity"),
+    Row("fid", "FID", "number", "lower", "Frechet distance to real images", None, "n_fidelity"),
+    Row("authenticity", "Authenticity", "share", "higher", "images that are no near-copies of training images",
+        "authenticity_ci"),
+    Row("utility_accuracy", "Usefulness", "share", "higher",
+        "accuracy on real images of a classifier trained on this set", "utility_accuracy_ci", "n_utility"),
+)  # fmt: skip
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share as percentage, or `not measured`."""
+    return NOT_MEASURED if value is None else f"{100 * value:.{digits}f} %"
+
+
+def number(value: float | None) -> str:
+    """A number with three digits behind the point (four when it is tiny), or `not measured`."""
+    if value is None:
+        return NOT_MEASURED
+    return f"{value:.4f}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
+
+
+def points(value: float | None) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return NOT_MEASURED if value is None else f"{100 * value:+.1f}"
+
+
+def interval_text(interval: Sequence[float] | None, scale: float = 1) -> str:
+    """`low to high`, or nothing."""
+    if interval is None:
+        return ""
+    digits = 1 if scale == 100 else 3
+    return f"{scale * interval[0]:.{digits}f} to {scale * interval[1]:.{digits}f}"
+
+
+def cell(row: Row, measured: dict[str, Any] | None) -> dict[str, str]:
+    """Value, interval and n of one figure of one set, as text."""
+    if measured is None or measured.get(row.key) is None:
+        return {"value": NOT_MEASURED, "interval": "", "n": ""}
+    scale = 100 if row.kind == "share" else 1
+    return {
+        "value": percent(measured[row.key]) if row.kind == "share" else number(measured[row.key]),
+        "interval": interval_text(measured.get(row.interval or ""), scale),
+        "n": str(measured[row.count]) if row.count else "",
+    }
+
+
+def summary_table(metrics: dict[str, Any]) -> str:
+    """The metrics of all sets as plain text for the command line, with the gain and the gap closed below.
+
+    Args:
+        metrics: Content of `metrics.json`.
+    """
+    sets = metrics["metrics"]
+    lines = [f"{'':20}" + "".join(f"{title:>12}" for title in SET_TITLES.values())]
+    lines.append(f"{'images':20}" + "".join(f"{sets[name]['n'] if sets.get(name) else '-':>12}" for name in SET_TITLES))
+    for row in ROWS:
+        values = [cell(row, sets.get(name))["value"].replace(NOT_MEASURED, "-") for name in SET_TITLES]
+        lines.append(f"{row.title:20}" + "".join(f"{value:>12}" for value in values))
+    lines += ["", headline(metrics), "- is not measured. Judge and graders are simulated. " + DISCLAIMER]
+    return "\n".join([warning, "", *lines] if (warning := hacking_warning(metrics)) else lines)
+
+
+def hacking_warning(metrics: dict[str, Any]) -> str:
+    """The sentence that must come first when the reward was hacked, else an empty text."""
+    if not metrics["reward_hacking"]:
+        return ""
+    before, after = metrics["metrics"]["before"], metrics["metrics"]["after"]
+    risen = [
+        f"{title} rose from {form(before[key])} to {form(after[key])}"
+        for key, title, form in (
+            ("mean_reward", "the mean reward", number),
+            ("grader_share", "the grader's plausible share", percent),
+        )
+        if before[key] is not None and after[key] > before[key]
+    ]
+    low, high = metrics["plausible_gain_ci"]
+    certainty = "beyond chance" if high < 0 else "though chance could explain the fall"
+    return (
+        f"Reward hacking: {' and '.join(risen)}, while the independent judge's plausible share fell from "
+        f"{percent(before['plausible_share'])} to {percent(after['plausible_share'])} "
+        f"({interval_text([low, high], 100)} points; {certainty}). Do not use this model."
+    )
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """What happened to the plausible share, in sentences."""
+    sets, level = metrics["metrics"], f"{100 * metrics['confidence']:.0f} %"
+    real = sets["real"]
+    text = (
+        f"The simulated judge finds {percent(sets['before']['plausible_share'])} of the base model's images plausible "
+        f"and {percent(sets['after']['plausible_share'])} of the aligned model's: {points(metrics['plausible_gain'])} "
+        f"points ({level} interval {interval_text(metrics['plausible_gain_ci'], 100)}; {sets['after']['n']} pairs "
+        f"of the same seed). It accepts {percent(real['plausible_share'])} of {real['n']} unseen real images."
+    )
+    if metrics["gap_closed"] is None:
+        text += " Real images are not judged above the base, so there is no gap to close."
+    else:
+        within = interval_text(metrics["gap_closed_ci"], 100)
+        text += f" Part of that distance closed: {percent(metrics['gap_closed'])}"
+        text += f" ({level} interval {within} %)." if within else " (the distance is too small for an interval)."
+    if metrics["gain_over_control"] is not None:
+        text += (
+            f" Against continued pretraining of the same compute: {points(metrics['gain_over_control'])} points "
+            f"({interval_text(metrics['gain_over_control_ci'], 100)})."
+        )
+    return text
+
+
+def write(folder: Path, metrics: dict[str, Any], exhibits: Exhibits, record: RunRecord) -> None:
+    """Write `report.html` and `figures/` into `folder`."""
+    (folder / "figures").mkdir(exist_ok=True)
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.filters.update(percent=percent, number=number, points=points, interval=interval_text, data_uri=data_uri)
+    page = environment.get_template(TEMPLATE).render(
+        metrics=metrics,
+        record=record,
+        disclaimer=DISCLAIMER,
+        not_measured=NOT_MEASURED,
+        phantom=exhibits.phantom,
+        titles=SET_TITLES,
+        warning=hacking_warning(metrics),
+        headline=headline(metrics).replace(" %", "\u00a0%"),
+        table=[(row, [cell(row, metrics["metrics"].get(name)) for name in SET_TITLES]) for row in ROWS],
+        class_rows=class_rows(exhibits),
+        extremes=extremes(exhibits),
+        closest=closest_pairs(exhibits),
+        charts=draw_charts(folder / "figures", metrics, exhibits),
+        calibration=exhibits.calibration,
+    )
+    (folder / "report.html").write_text(page, encoding="utf-8")
+
+
+def data_uri(content: bytes) -> str:
+    """PNG bytes as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+def draw_charts(folder: Path, metrics: dict[str, Any], exhibits: Exhibits) -> dict[str, dict[str, bytes]]:
+    """Draw every chart and sheet that there is data for; returns the charts to embed, by name."""
+    sets = metrics["metrics"]
+    charts = {
+        "plausible_share": figures.draw(folder / "plausible_share", lambda axes: figures.plausible_shares(axes, sets)),
+        "per_class": figures.draw(folder / "per_class", lambda axes: figures.class_shares(axes, sets)),
+    }
+    if exhibits.rewards:
+        charts["rewards"] = figures.draw(
+            folder / "rewards", lambda axes: figures.reward_histogram(axes, exhibits.rewards)
+        )
+    if exhibits.calibration:
+        charts["calibration"] = figures.draw(
+            folder / "calibration", lambda axes: figures.calibration_plot(axes, exhibits.calibration)
+        )
+    for name in ("before", "after"):
+        sheet = exhibits.sets[name].first_per_class(2 * PAIRS_PER_CLASS).images
+        figures.save_sheet(folder / f"samples_{name}.png", sheet, 2 * PAIRS_PER_CLASS)
+    pairs = exhibits.closest
+    generated = exhibits.sets["after"].images[[pair["row"] for pair in pairs]]
+    figures.save_sheet(
+        folder / "closest_training_pairs.png", figures.side_by_side(generated, nearest_training(exhibits)), 2
+    )
+    return charts
+
+
+def tile(exhibits: Exhibits, name: str, row: int) -> dict[str, Any]:
+    """One image with what was said about it."""
+    images, verdicts = exhibits.sets[name], exhibits.verdicts[name]
+    rewards = exhibits.rewards.get(name)
+    failed = [criterion for criterion, no in zip(verdicts.criteria, verdicts.failed[row], strict=True) if no]
+    return {
+        "png": figures.png_bytes(images.images[row]),
+        "set": SET_TITLES[name],
+        "label": images.class_names[int(images.class_ids[row])],
+        "seed": images.columns["seed"][row],
+        "plausible": bool(verdicts.plausible[row]),
+        "failed": failed,
+        "reward": None if rewards is None else float(rewards[row]),
+    }
+
+
+def class_rows(exhibits: Exhibits) -> list[dict[str, Any]]:
+    """The first images of each class, not chosen by looks: before and after of the same seed beside each other."""
+    before = exhibits.sets["before"]
+    return [
+        {
+            "label": label,
+            "pairs": [
+                [tile(exhibits, name, int(row)) for name in ("before", "after")]
+                for row in rows_of_class(before, class_id)[:PAIRS_PER_CLASS]
+            ],
+        }
+        for class_id, label in enumerate(before.class_names)
+    ]
+
+
+def extremes(exhibits: Exhibits) -> dict[str, list[dict[str, Any]]]:
+    """Aligned samples of the lowest and the highest reward; empty without a reward model."""
+    if "after" not in exhibits.rewards:
+        return {}
+    order = np.argsort(exhibits.rewards["after"], kind="stable")
+    return {
+        "lowest": [tile(exhibits, "after", int(row)) for row in order[:EXTREME_SAMPLES]],
+        "highest": [tile(exhibits, "after", int(row)) for row in order[::-1][:EXTREME_SAMPLES]],
+    }
+
+
+def nearest_training(exhibits: Exhibits) -> Tensor:
+    """The training images of the closest pairs, turned as they were found. Shape `(pairs, 3, height, width)`."""
+    return torch.stack(
+        [orient(exhibits.train.images[pair["train_row"]], pair["orientation"]) for pair in exhibits.closest]
+    )
+
+
+def closest_pairs(exhibits: Exhibits) -> list[dict[str, Any]]:
+    """Each aligned sample that lies closest to a training image, and that image."""
+    return [
+        {
+            "sample": tile(exhibits, "after", pair["row"]),
+            "training_png": figures.png_bytes(image),
+            "training_label": exhibits.train.labels()[pair["train_row"]],
+            "distance": pair["distance"],
+            "near_copy": pair["near_copy"],
+        }
+        for pair, image in zip(exhibits.closest, nearest_training(exhibits), strict=True)
+    ]

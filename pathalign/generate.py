@@ -1,0 +1,238 @@
+"""Pipeline -> candidate set: images with everything that is needed to draw each of them again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from pathalign.artefacts import artefact, fingerprint
+from pathalign.diffusion import lora
+from pathalign.diffusion.pipeline import ClassConditionalPipeline
+from pathalign.images import ImageSet, contact_sheet, to_images, to_pixel_values
+from pathalign.progress import Progress
+from pathalign.reward import RewardModel
+from pathalign.schema import InputError, RunRecord, unknown_name
+from pathalign.settings.generate import GenerateConfig
+
+SCHEDULERS = {
+    "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
+SEEDS_PER_ATTEMPT = 2**40  # beyond every seed that images are drawn with
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn: denoising steps, guidance, images at once, seed of the first image, draws for each kept."""
+
+    inference_steps: int
+    guidance_scale: float
+    batch_size: int
+    first_seed: int
+    best_of: int = 1
+
+
+def load_pipeline(path_or_repo_id: str, revision: str | None = None) -> ClassConditionalPipeline:
+    """A pipeline from a folder or the Hub, on the GPU where there is one.
+
+    Raises:
+        InputError: If it cannot be loaded.
+    """
+    diffusers.utils.logging.disable_progress_bar()
+    folder = Path(path_or_repo_id)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise InputError(f"{folder} holds no pipeline (no model_index.json); make one with `pathalign pretrain`.")
+    try:
+        pipeline = ClassConditionalPipeline.from_pretrained(path_or_repo_id, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"No pipeline can be loaded from {path_or_repo_id!r}: {str(error).splitlines()[0]} "
+            "Check the path or Hub id, and your connection."
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(Accelerator().device)
+
+
+def set_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
+    """Change the sampler and keep the training schedule; names are the keys of `SCHEDULERS`."""
+    pipeline.scheduler = SCHEDULERS[name].from_config(pipeline.scheduler.config)
+
+
+def sample(
+    pipeline: ClassConditionalPipeline,
+    class_ids: Sequence[int],
+    seeds: Sequence[int],
+    inference_steps: int,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """Images of the given classes and seeds, shape `(n, 3, size, size)`, uint8, on the CPU."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    images = pipeline(
+        list(class_ids),
+        generators,
+        num_inference_steps=inference_steps,
+        guidance_scale=guidance_scale,
+        output_type="pt",
+    )[0]
+    return to_images(images)
+
+
+def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
+    """Sample a candidate set; batches that an interrupted call finished are kept.
+
+    Raises:
+        InputError: If the pipeline, adapter or reward model cannot be loaded, or a class is unknown.
+    """
+    pipeline = load_pipeline(config.model, config.revision)
+    names = config.classes or pipeline.class_names
+    for name in names:
+        if name not in pipeline.class_names:
+            raise InputError(unknown_name("class", name, pipeline.class_names))
+    if config.adapter is not None:
+        lora.load(pipeline, config.adapter, config.adapter_scale)
+    set_scheduler(pipeline, config.scheduler)
+    reward_model = RewardModel.from_pretrained(config.reward_model).to(pipeline.device) if config.reward_model else None
+    labels = [pipeline.class_names.index(name) for name in names for _ in range(config.images_per_class)]
+    inputs = {"model": _revision(config.model, config.revision)}
+    if config.adapter is not None:
+        inputs["adapter"] = _revision(config.adapter, None)
+    with artefact(output_dir) as folder:
+        sampling = Sampling(
+            config.inference_steps, config.guidance_scale, config.batch_size, config.seed, config.best_of
+        )
+        parts = draw(pipeline, reward_model, labels, sampling, scratch_dir(folder, [asdict(config), inputs]))
+        columns: dict[str, list[Any]] = {
+            "seed": [seed for part in parts for seed in part["seeds"]],
+            "model": [inputs["model"]] * len(labels),
+            "adapter": [inputs.get("adapter", "")] * len(labels),
+            "scheduler": [config.scheduler] * len(labels),
+            "steps": [config.inference_steps] * len(labels),
+            "guidance": [config.guidance_scale] * len(labels),
+            "kind": ["synthetic"] * len(labels),
+        }
+        if reward_model is not None:
+            columns["reward"] = [reward for part in parts for reward in part["rewards"]]
+        images = torch.cat([part["images"] for part in parts])
+        candidates = ImageSet.build(images, torch.tensor(labels), pipeline.class_names, columns)
+        candidates.save(folder)
+        contact_sheet(candidates.first_per_class(12).images, columns=min(12, config.images_per_class)).save(
+            folder / "samples.png"
+        )
+        record = RunRecord(
+            stage="generate",
+            config=asdict(config),
+            inputs=inputs,
+            seeds={"seed": config.seed},
+            metrics={"n": len(labels)},
+        )
+        record.save(folder)
+    return record
+
+
+def draw(
+    pipeline: ClassConditionalPipeline,
+    reward_model: RewardModel | None,
+    class_ids: Sequence[int],
+    sampling: Sampling,
+    scratch: Path,
+    process: tuple[int, int] = (0, 1),
+) -> list[dict[str, Any]]:
+    """Draw images batch by batch; every finished batch is a file in `scratch`, where a later call finds it.
+
+    Args:
+        pipeline: With its scheduler set and its adapter loaded.
+        reward_model: Scores the images, and chooses among `best_of` draws; None gives rewards of 0.
+        class_ids: One for each image; image i has seed `sampling.first_seed + i`.
+        sampling: How images are drawn.
+        scratch: Existing folder.
+        process: Index and number of processes; each draws its own share of the batches.
+
+    Returns:
+        Batches with `start`, `images` (n, 3, size, size) uint8, `seeds` and `rewards`.
+    """
+    parts = []
+    index, processes = process
+    starts = range(index * sampling.batch_size, len(class_ids), processes * sampling.batch_size)
+    with Progress("generate", len(class_ids) // processes, unit="image") as progress:
+        for start in starts:
+            path = scratch / f"batch-{start:08d}.pt"
+            labels = class_ids[start : start + sampling.batch_size]
+            if not path.is_file():
+                part = _best_batch(pipeline, reward_model, labels, sampling, sampling.first_seed + start)
+                torch.save({"start": start, **part}, path.with_suffix(".tmp"))
+                path.with_suffix(".tmp").replace(path)
+            parts.append(torch.load(path, weights_only=True))
+            progress.update(len(labels))
+    return parts
+
+
+def _best_batch(
+    pipeline: ClassConditionalPipeline,
+    reward_model: RewardModel | None,
+    class_ids: Sequence[int],
+    sampling: Sampling,
+    first_seed: int,
+) -> dict[str, Any]:
+    """Draw `best_of` images for each label and keep the one of the highest reward; draw 0 has the plain seed."""
+    best: dict[str, Any] = {}
+    for attempt in range(sampling.best_of):
+        seeds = [first_seed + index + attempt * SEEDS_PER_ATTEMPT for index in range(len(class_ids))]
+        images = sample(pipeline, class_ids, seeds, sampling.inference_steps, sampling.guidance_scale)
+        rewards = (
+            score(reward_model, images, class_ids, pipeline.class_names) if reward_model else torch.zeros(len(seeds))
+        )
+        if not best:
+            best = {"images": images, "seeds": seeds, "rewards": rewards.tolist()}
+            continue
+        for index in (rewards > torch.tensor(best["rewards"])).nonzero()[:, 0].tolist():
+            best["images"][index] = images[index]
+            best["seeds"][index] = seeds[index]
+            best["rewards"][index] = float(rewards[index])
+    return best
+
+
+@torch.no_grad()
+def score(reward_model: RewardModel, images: Tensor, class_ids: Sequence[int], class_names: Sequence[str]) -> Tensor:
+    """Rewards of uint8 images `(n, 3, size, size)`, shape `(n,)`, on the CPU; `class_ids` index `class_names`.
+
+    Raises:
+        InputError: If the reward model does not know one of the classes.
+    """
+    known = list(reward_model.config.class_names)
+    missing = sorted({class_names[class_id] for class_id in class_ids} - set(known))
+    if missing:
+        raise InputError(f"The reward model does not know the classes {missing}; it was trained on {known}.")
+    ids = torch.tensor([known.index(class_names[class_id]) for class_id in class_ids], device=reward_model.device)
+    pixel_values = to_pixel_values(images).to(reward_model.device)
+    parts = [
+        reward_model.rewards(pixels, part) for pixels, part in zip(pixel_values.split(250), ids.split(250), strict=True)
+    ]
+    return torch.cat(parts).cpu()
+
+
+def _revision(path_or_repo_id: str, revision: str | None) -> str:
+    """What tells one version of a model from another: a content hash, or the Hub revision asked for."""
+    folder = Path(path_or_repo_id)
+    return fingerprint(folder) if folder.is_dir() else f"{path_or_repo_id}@{revision or 'main'}"
+
+
+def scratch_dir(folder: Path, key: Any) -> Path:
+    """Folder of finished batches below `folder/checkpoints`; batches of another key are removed."""
+    root = folder / "checkpoints"
+    scratch = root / f"batches-{fingerprint(key)}"
+    for other in root.glob("batches-*"):
+        if other != scratch:
+            shutil.rmtree(other)
+    scratch.mkdir(parents=True, exist_ok=True)
+    return scratch

@@ -1,0 +1,1 @@
+"""Grading: checklists, and a simulated stand-in for an expert."""

@@ -1,0 +1,408 @@
+"""A stand-in for an expert: a network fitted on real images and their attributes. For demos, tests and benchmarks.
+
+It judges an image of class c by whether it looks like a c, whether each criterion of a checklist holds, whether it lies
+where real images of c lie, and whether it is whole. Whatever it writes is marked as simulated; it is no expert, and its
+grades must never be published as expert feedback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import load_file
+from sklearn.covariance import LedoitWolf
+from torch import Tensor, nn
+from transformers import PreTrainedModel, RegNetConfig, RegNetModel, ResNetConfig, ResNetModel
+
+from pathalign.artefacts import artefact, fingerprint
+from pathalign.augment import ORIENTATIONS, orient, random_exposure, random_orientations
+from pathalign.grading.corruptions import corrupt
+from pathalign.images import ImageSet
+from pathalign.progress import Progress, say
+from pathalign.schema import Criterion, Grade, InputError, Rubric, RunRecord
+from pathalign.settings.grade import GradeConfig
+from pathalign.settings.graders import GraderConfig
+
+BATCH_SIZE = 250
+PASS_PROBABILITY = 0.5
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a simulated grader says of n images.
+
+    Attributes:
+        probabilities: Shape `(n, len(criteria))`, probability that each criterion holds.
+        criteria: `class`, the checklist's criteria, and `typicality`.
+    """
+
+    probabilities: Tensor
+    criteria: tuple[str, ...]
+
+    @property
+    def plausibility(self) -> Tensor:
+        """Shape `(n,)`, in [0, 1]: an image is as plausible as its weakest point."""
+        return self.probabilities.amin(dim=1)
+
+    @property
+    def plausible(self) -> Tensor:
+        """Shape `(n,)`, bool."""
+        return self.plausibility >= PASS_PROBABILITY
+
+    @property
+    def failed(self) -> Tensor:
+        """Shape `(n, len(criteria))`, bool."""
+        return self.probabilities < PASS_PROBABILITY
+
+
+class SimulatedGrader(nn.Module, PyTorchModelHubMixin):
+    """Network with a class head, a head for each attribute, and the distribution of real features for each class.
+
+    Args:
+        class_names: Class names in the order of their ids.
+        attributes: Attribute column -> its values, in the order of the head's outputs.
+        criteria: The checklist, as dictionaries of `schema.Criterion`.
+        architecture: `resnet` or `regnet`: two that share no weights and no structure.
+        image_size_px: Size that images are brought to.
+        rubric_version: Version of the checklist.
+    """
+
+    feature_mean: Tensor
+    feature_whitening: Tensor
+    typical_distance: Tensor
+    distance_spread: Tensor
+    structure_limit: Tensor
+
+    def __init__(
+        self,
+        class_names: list[str],
+        attributes: dict[str, list[str]],
+        criteria: list[dict[str, Any]],
+        architecture: str,
+        image_size_px: int,
+        rubric_version: str,
+    ) -> None:
+        super().__init__()
+        self.class_names, self.attributes, self.architecture = class_names, attributes, architecture
+        self.image_size_px, self.rubric_version = image_size_px, rubric_version
+        self.rubric_criteria = [Criterion(**entry) for entry in criteria]
+        self.backbone, widths = _backbone(architecture)
+        width, pooled = widths[-1], 2 * sum(widths)
+        self.class_head = nn.Linear(width, len(class_names))
+        self.structure_head = nn.Linear(pooled, 1)
+        self.attribute_heads = nn.ModuleDict(
+            {name: nn.Linear(width, len(values)) for name, values in attributes.items()}
+        )
+        self.register_buffer("feature_mean", torch.zeros(len(class_names), pooled))
+        self.register_buffer("feature_whitening", torch.zeros(len(class_names), pooled, pooled))
+        self.register_buffer("typical_distance", torch.ones(()))
+        self.register_buffer("distance_spread", torch.ones(()))
+        self.register_buffer("structure_limit", torch.zeros(()))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SimulatedGrader:
+        """Read a grader made by `fit`, in evaluation mode.
+
+        Raises:
+            InputError: If the folder holds none.
+        """
+        if not (Path(folder) / "model.safetensors").is_file():
+            raise InputError(f"{folder} holds no simulated grader; make one with `pathalign grade fit`.")
+        grader = cls.from_pretrained(str(folder))
+        grader.load_state_dict(load_file(Path(folder) / "model.safetensors"))  # strictly: the mixin only warns
+        return grader.eval()
+
+    def features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Last features `(n, width)` for the heads, and means and deviations of all stages for typicality."""
+        if pixel_values.shape[-1] != self.image_size_px:
+            pixel_values = F.interpolate(pixel_values, size=self.image_size_px, mode="bilinear", antialias=True)
+        output = self.backbone(pixel_values, output_hidden_states=True)
+        stages = [stage.flatten(2) for stage in output.hidden_states[1:]]
+        pooled = torch.cat([part for stage in stages for part in (stage.mean(2), stage.std(2))], dim=1)
+        return output.pooler_output.flatten(1), pooled
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Class logits, attribute logits by name, and pooled features of images `(n, 3, size, size)` in [-1, 1]."""
+        last, pooled = self.features(pixel_values)
+        return self.class_head(last), {name: head(last) for name, head in self.attribute_heads.items()}, pooled
+
+    def structure(self, pooled: Tensor) -> Tensor:
+        """Log-odds that an image is whole and not malformed, from its pooled features; shape `(n,)`."""
+        return self.structure_head(pooled)[:, 0]
+
+    def distances(self, pooled: Tensor, class_ids: Tensor) -> Tensor:
+        """Mahalanobis distance to the real images of each one's class, per square root of dimension; shape `(n,)`."""
+        centred = pooled - self.feature_mean[class_ids]
+        white = torch.einsum("nd,nde->ne", centred, self.feature_whitening[class_ids])
+        return white.square().mean(dim=1).sqrt()
+
+    @torch.no_grad()
+    def judge(self, pixel_values: Tensor, class_ids: Tensor) -> Judgement:
+        """Judge images as members of the given classes.
+
+        Args:
+            pixel_values: Shape `(n, 3, height, width)`, in [-1, 1].
+            class_ids: Shape `(n,)`, indices into `class_names`.
+        """
+        parts = [
+            self._probabilities(pixels.to(self.feature_mean), ids.to(self.feature_mean.device))
+            for pixels, ids in zip(pixel_values.split(BATCH_SIZE), class_ids.split(BATCH_SIZE), strict=True)
+        ]
+        names = ("class", *(criterion.name for criterion in self.rubric_criteria), "typicality", "structure")
+        return Judgement(probabilities=torch.cat(parts).cpu(), criteria=names)
+
+    def judge_set(self, image_set: ImageSet) -> Judgement:
+        """Judge an image set by its labels; classes are matched by name."""
+        return self.judge(image_set.pixel_values(), class_ids_for(image_set, self.class_names))
+
+    def _probabilities(self, pixel_values: Tensor, class_ids: Tensor) -> Tensor:
+        class_logits, attribute_logits, pooled = self(pixel_values)
+        columns = [class_logits.softmax(1).gather(1, class_ids[:, None])[:, 0]]
+        for criterion in self.rubric_criteria:
+            if criterion.attribute is None:
+                raise InputError(f"Criterion {criterion.name!r} has no attribute, so that it cannot be simulated.")
+            shares = attribute_logits[criterion.attribute].softmax(1)
+            allowed = self._allowed(criterion).to(shares)
+            columns.append((shares * allowed[class_ids]).sum(dim=1))
+        excess = (self.distances(pooled, class_ids) - self.typical_distance) / self.distance_spread
+        columns.append(torch.sigmoid(-excess))
+        columns.append(torch.sigmoid(self.structure(pooled) - self.structure_limit))
+        return torch.stack(columns, dim=1)
+
+    def _allowed(self, criterion: Criterion) -> Tensor:
+        values = self.attributes[str(criterion.attribute)]
+        rows = []
+        for name in self.class_names:
+            accepted = criterion.accepted.get(name, values)
+            rows.append([float(value in accepted) for value in values])
+        return torch.tensor(rows)
+
+
+def class_ids_for(image_set: ImageSet, class_names: Sequence[str]) -> Tensor:
+    """Ids of an image set's labels in another order of classes.
+
+    Raises:
+        InputError: If a class is missing there.
+    """
+    missing = sorted(set(image_set.labels()) - set(class_names))
+    if missing:
+        raise InputError(
+            f"Classes {missing} are not among {list(class_names)}; use a model fitted on the same classes."
+        )
+    return torch.tensor([list(class_names).index(label) for label in image_set.labels()], dtype=torch.int64)
+
+
+def _backbone(architecture: str) -> tuple[PreTrainedModel, list[int]]:
+    if architecture == "resnet":
+        widths = [32, 64, 128]
+        resnet = ResNetConfig(embedding_size=32, hidden_sizes=widths, depths=[1, 1, 1], layer_type="basic")
+        return ResNetModel(resnet), widths
+    widths = [48, 96, 192]
+    regnet = RegNetConfig(embedding_size=48, hidden_sizes=widths, depths=[1, 2, 2], groups_width=24, layer_type="y")
+    return RegNetModel(regnet), widths
+
+
+def fit(config: GraderConfig, output_dir: str | Path) -> RunRecord:
+    """Fit a simulated grader on split `<role>` and calibrate typicality on `<role>_validation`.
+
+    Raises:
+        InputError: If a split or an attribute column of the checklist is missing.
+    """
+    train = ImageSet.load(config.data, config.role)
+    held_out = ImageSet.load(config.data, f"{config.role}_validation")
+    rubric = Rubric.load(config.rubric)
+    names = sorted({str(criterion.attribute) for criterion in rubric.criteria if criterion.attribute})
+    missing = [name for name in names if name not in train.columns]
+    if missing:
+        raise InputError(
+            f"{config.data} lacks the attribute columns {missing} that the checklist {rubric.name!r} asks for; "
+            "use data with these columns, or another `rubric`."
+        )
+    attributes = {name: sorted(set(train.columns[name])) for name in names}
+    with artefact(output_dir) as folder:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed + (1 if config.role == "grader" else 2))  # transformers initializes globally
+            grader = SimulatedGrader(
+                class_names=list(train.class_names),
+                attributes=attributes,
+                criteria=[asdict(criterion) for criterion in rubric.criteria],
+                architecture=config.architecture,
+                image_size_px=train.image_size_px,
+                rubric_version=f"{rubric.name} {rubric.version}",
+            )
+        _train(grader, train, config)
+        _fit_typicality(grader.eval(), train, held_out, config)
+        metrics = acceptance(grader, held_out, config.seed)
+        say(
+            f"{config.role}: accepts {metrics['accepts_real']:.1%} of unseen real images, "
+            f"{metrics['accepts_mislabelled']:.1%} of mislabelled ones"
+        )
+        grader.save_pretrained(folder)
+        record = RunRecord(
+            stage="graders",
+            config=asdict(config),
+            inputs={"data": fingerprint(list(train.image_ids))},
+            seeds={"seed": config.seed},
+            metrics=metrics,
+        )
+        record.save(folder)
+    return record
+
+
+def _train(grader: SimulatedGrader, train: ImageSet, config: GraderConfig) -> None:
+    """Cross-entropy of the class, of every attribute, and of real against malformed, on augmented images."""
+    generator = torch.Generator().manual_seed(config.seed)
+    members = [(train.class_ids == class_id).nonzero()[:, 0] for class_id in range(len(train.class_names))]
+    pixel_values = train.pixel_values()
+    targets = {
+        name: torch.tensor([values.index(value) for value in train.columns[name]])
+        for name, values in grader.attributes.items()
+    }
+    optimizer = torch.optim.AdamW(grader.parameters(), lr=config.learning_rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps)
+    grader.train()
+    with Progress(f"fit {config.role}", config.steps) as progress:
+        for _ in range(config.steps):
+            index = torch.randint(0, len(train), (config.batch_size,), generator=generator)
+            whole = random_orientations(pixel_values[index], generator)
+            half = config.batch_size // 2
+            partner = [
+                int(members[label][torch.randint(len(members[label]), (), generator=generator)])
+                for label in train.class_ids[index[:half]]
+            ]
+            malformed = corrupt(whole[:half], random_orientations(pixel_values[partner], generator), generator)
+            class_logits, attribute_logits, pooled = grader(random_exposure(torch.cat([whole, malformed]), generator))
+            loss = F.cross_entropy(class_logits[: config.batch_size], train.class_ids[index], label_smoothing=0.02)
+            for name, logits in attribute_logits.items():
+                loss = loss + F.cross_entropy(logits[: config.batch_size], targets[name][index]) / len(targets)
+            is_whole = torch.cat([torch.ones(config.batch_size), torch.zeros(half)])
+            loss = loss + F.binary_cross_entropy_with_logits(grader.structure(pooled), is_whole)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update(loss=loss.item())
+
+
+@torch.no_grad()
+def _fit_typicality(grader: SimulatedGrader, train: ImageSet, held_out: ImageSet, config: GraderConfig) -> None:
+    """Gaussian of the pooled features for each class (shrunk covariance), and the limits that unseen images set."""
+
+    def pooled(images: ImageSet, orientation: int) -> Tensor:
+        batches = orient(images.pixel_values(), orientation).split(BATCH_SIZE)
+        return torch.cat([grader.features(batch)[1] for batch in batches])
+
+    features = torch.cat([pooled(train, orientation) for orientation in range(0, ORIENTATIONS, 2)])
+    class_ids = train.class_ids.repeat(ORIENTATIONS // 2)
+    for class_id in range(len(grader.class_names)):
+        own = features[class_ids == class_id].double()
+        estimate = LedoitWolf().fit(own.numpy())
+        values, vectors = np.linalg.eigh(estimate.covariance_)
+        grader.feature_mean[class_id] = own.mean(0)
+        grader.feature_whitening[class_id] = torch.from_numpy(vectors / np.sqrt(values))
+    held_out_features = pooled(held_out, 0)
+    unseen = grader.distances(held_out_features, held_out.class_ids)
+    structure = grader.structure(held_out_features)
+    below = torch.special.ndtri(torch.tensor(1 - config.structure_quantile))  # a few held-out images are no quantile
+    grader.structure_limit.copy_(structure.mean() + below * structure.std())
+    grader.typical_distance.copy_(unseen.quantile(config.typicality_quantile))
+    grader.distance_spread.copy_(unseen.std())
+
+
+def acceptance(grader: SimulatedGrader, images: ImageSet, seed: int = 0) -> dict[str, float]:
+    """Share of real images accepted with their own class and with a wrong one drawn at random, and class accuracy."""
+    generator = torch.Generator().manual_seed(seed)
+    own = class_ids_for(images, grader.class_names)
+    shift = torch.randint(1, len(grader.class_names), own.shape, generator=generator)
+    with torch.no_grad():
+        logits = torch.cat([grader(batch)[0] for batch in images.pixel_values().split(BATCH_SIZE)])
+    return {
+        "n": len(images),
+        "class_accuracy": (logits.argmax(1) == own).float().mean().item(),
+        "accepts_real": grader.judge_set(images).plausible.float().mean().item(),
+        "accepts_mislabelled": grader.judge(images.pixel_values(), (own + shift) % len(grader.class_names))
+        .plausible.float()
+        .mean()
+        .item(),
+    }
+
+
+def grade(config: GradeConfig, output_dir: str | Path) -> RunRecord:
+    """Grade a candidate set with simulated graders and write `grades.jsonl`, every row marked as simulated.
+
+    Raises:
+        InputError: If the candidates or the grader are missing, or a class is unknown to the grader.
+    """
+    candidates = ImageSet.load(config.candidates)
+    grader = SimulatedGrader.load(config.grader)
+    judgement = grader.judge_set(candidates)
+    generator = torch.Generator().manual_seed(config.seed)
+    grades = [
+        entry
+        for number in range(config.graders)
+        for entry in _one_grader(config, candidates, judgement, grader.rubric_version, number, generator)
+    ]
+    with artefact(output_dir) as folder:
+        (folder / "grades.jsonl").write_text("".join(entry.to_json() + "\n" for entry in grades))
+        shares = {
+            verdict: sum(entry.verdict == verdict for entry in grades) / len(grades)
+            for verdict in ("plausible", "unsure")
+        }
+        record = RunRecord(
+            stage="grade",
+            config=asdict(config),
+            inputs={"candidates": fingerprint(list(candidates.image_ids)), "grader": fingerprint(Path(config.grader))},
+            seeds={"seed": config.seed},
+            metrics={
+                "grades": len(grades),
+                "simulated": True,
+                **{f"{name}_share": share for name, share in shares.items()},
+            },
+        )
+        record.save(folder)
+    return record
+
+
+def _one_grader(
+    config: GradeConfig,
+    candidates: ImageSet,
+    judgement: Judgement,
+    rubric_version: str,
+    number: int,
+    generator: torch.Generator,
+) -> list[Grade]:
+    """Grades of one simulated grader: its own threshold, a bias, and verdicts turned round at random."""
+    own = config.bias + config.threshold_spread * torch.randn((), generator=generator)
+    log_odds = judgement.plausibility.clamp(1e-6, 1 - 1e-6).logit() + own
+    probability = log_odds.sigmoid()
+    flipped = torch.rand(len(candidates), generator=generator) < config.flip_rate
+    verdicts = (probability >= config.threshold) ^ flipped
+    unsure = (probability - config.threshold).abs() < config.unsure_margin
+    name = f"simulated-{number + 1}"
+    rows = []
+    for index, (image_id, label) in enumerate(zip(candidates.image_ids, candidates.labels(), strict=True)):
+        verdict = "unsure" if unsure[index] else "plausible" if verdicts[index] else "implausible"
+        failed = [
+            criterion for criterion, fails in zip(judgement.criteria, judgement.failed[index], strict=True) if fails
+        ]
+        rows.append(
+            Grade(
+                grade_id=fingerprint([name, image_id, index, config.seed]),
+                image_id=image_id,
+                class_label=label,
+                verdict=verdict,
+                grader=name,
+                failed_criteria=tuple(failed) if verdict == "implausible" else (),
+                confidence=float(2 * (probability[index] - 0.5).abs()),
+                rubric_version=rubric_version,
+                simulated=True,
+            )
+        )
+    return rows

@@ -1,0 +1,23 @@
+"""The reward model: an image and a class to the probability that an expert finds it plausible.
+
+Importing this package registers the classes with transformers' `AutoConfig`, `AutoModel` and `AutoImageProcessor`.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from pathalign.reward.configuration_reward import RewardModelConfig
+from pathalign.reward.encoders import load_encoder
+from pathalign.reward.image_processing_reward import RewardImageProcessor
+from pathalign.reward.modeling_reward import RewardModel, RewardModelOutput
+
+AutoConfig.register(RewardModelConfig.model_type, RewardModelConfig)
+AutoModel.register(RewardModelConfig, RewardModel)
+AutoImageProcessor.register(RewardModelConfig, image_processor_classes={"pil": RewardImageProcessor})
+# Saved folders carry their code, so that `trust_remote_code=True` loads them where pathalign is not installed.
+RewardModelConfig.register_for_auto_class()
+RewardModel.register_for_auto_class("AutoModel")
+RewardImageProcessor.register_for_auto_class()
+
+__all__ = ["RewardImageProcessor", "RewardModel", "RewardModelConfig", "RewardModelOutput", "load_encoder"]

@@ -1,0 +1,184 @@
+"""What passes between the stages: grades, checklists, run records, and the one error that users see.
+
+Plain dataclasses without torch, so that every stage, the command line and the grading page can share them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import platform
+import resource
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+VERDICTS = ("plausible", "implausible", "unsure")
+DISCLAIMER = "Synthetic images for research only. Never for diagnosis."
+RUBRIC_DIR = Path(__file__).parent / "grading" / "rubrics"
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message names the value seen, the one wanted and what to do next."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One line of a checklist.
+
+    Attributes:
+        name: Short identifier, written into `Grade.failed_criteria`.
+        question: What a grader is asked.
+        attribute: Attribute column of the real data that the criterion is about, if any.
+        accepted: Class name -> attribute values that pass for that class.
+    """
+
+    name: str
+    question: str
+    attribute: str | None = None
+    accepted: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """A versioned checklist that graders judge images against."""
+
+    name: str
+    version: str
+    criteria: tuple[Criterion, ...]
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Rubric:
+        """Read a checklist from a YAML file, or a preset of `pathalign/grading/rubrics` by its name.
+
+        Raises:
+            InputError: If there is no such file or preset, or a key is missing.
+        """
+        path = Path(name_or_path)
+        if not path.is_file():
+            path = RUBRIC_DIR / f"{name_or_path}.yaml"
+        if not path.is_file():
+            presets = sorted(preset.stem for preset in RUBRIC_DIR.glob("*.yaml"))
+            raise InputError(f"No checklist {str(name_or_path)!r}: give a YAML file, or one of {presets}.")
+        content = yaml.safe_load(path.read_text())
+        try:
+            criteria = tuple(
+                Criterion(
+                    name=entry["name"],
+                    question=entry["question"],
+                    attribute=entry.get("attribute"),
+                    accepted={label: tuple(values) for label, values in entry.get("accepted", {}).items()},
+                )
+                for entry in content["criteria"]
+            )
+            return cls(name=content["name"], version=str(content["version"]), criteria=criteria)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"The checklist {path} lacks or misuses {error}; it needs `name`, `version` and a list `criteria` "
+                "whose entries have `name` and `question`."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Grade:
+    """One verdict of one grader on one image. A correction is a new grade that names the old one in `supersedes`."""
+
+    grade_id: str
+    image_id: str
+    class_label: str
+    verdict: str  # one of VERDICTS
+    grader: str  # pseudonym
+    failed_criteria: tuple[str, ...] = ()
+    subtype: str | None = None
+    confidence: float | None = None  # 0..1
+    comment: str | None = None
+    supersedes: str | None = None
+    mode: str = "single"  # single, grid or pairwise
+    active_ms: int | None = None
+    idle_ms: int | None = None
+    rubric_version: str = ""
+    app_version: str = ""
+    recorded_at: str = ""  # ISO 8601, UTC
+    simulated: bool = False
+
+    def to_json(self) -> str:
+        """One line of JSON, keys sorted: the same grade always gives the same bytes."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_mapping(cls, row: Mapping[str, Any]) -> Grade:
+        """Build a grade from a parsed JSON row.
+
+        Raises:
+            InputError: If a required key is missing, a key is unknown or the verdict is not one of `VERDICTS`.
+        """
+        unknown = sorted(set(row) - set(cls.__dataclass_fields__))
+        missing = [key for key in ("grade_id", "image_id", "class_label", "verdict", "grader") if not row.get(key)]
+        if unknown or missing:
+            raise InputError(f"A grade has unknown keys {unknown} or lacks {missing}: {dict(row)}")
+        if row["verdict"] not in VERDICTS:
+            raise InputError(f"Grade {row['grade_id']} has verdict {row['verdict']!r}; use one of {VERDICTS}.")
+        return cls(**{**row, "failed_criteria": tuple(row.get("failed_criteria") or ())})
+
+
+@dataclass
+class RunRecord:
+    """How an artefact was made: everything needed to make it again."""
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)  # name -> fingerprint or Hub revision
+    seeds: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: library_versions())
+    wall_s: float = 0.0
+    peak_rss_mb: float = 0.0
+    finished_at: str = ""
+
+    FILE_NAME = "run.json"
+
+    def save(self, folder: Path) -> None:
+        """Write `run.json` into `folder`."""
+        self.finished_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        (folder / self.FILE_NAME).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RunRecord:
+        """Read `run.json` of an artefact.
+
+        Raises:
+            InputError: If the folder holds none.
+        """
+        path = Path(folder) / cls.FILE_NAME
+        if not path.is_file():
+            raise InputError(f"{folder} has no {cls.FILE_NAME}: it is not an artefact that pathalign finished.")
+        return cls(**json.loads(path.read_text()))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python, pathalign and the libraries that decide what numbers come out."""
+    versions = {"python": platform.python_version()}
+    for name in ("pathalign", "torch", "diffusers", "transformers", "peft", "accelerate", "datasets"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Say that a name is unknown and which known one is nearest to it."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(map(repr, known))}."
+    return f"There is no {kind} {name!r}. {hint}"

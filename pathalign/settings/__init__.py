@@ -1,0 +1,1 @@
+"""The settings of every stage, one file each, free of torch: the command line's help is made from them."""

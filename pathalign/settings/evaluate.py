@@ -1,0 +1,42 @@
+"""Settings of the `evaluate` stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pathalign.config import StageConfig, option
+
+
+@dataclass
+class EvaluateConfig(StageConfig):
+    """Which candidate sets are compared, against which real images, and who judges them."""
+
+    data: str = option("", "Real images: split `train` the base model saw, split `test` nothing saw.")
+    before: str = option("", "Candidate set of the base model.")
+    after: str = option("", "Candidate set of the aligned model, made with the seeds of `before`.")
+    control: str | None = option(None, "Candidate set of continued pretraining with the same compute, same seeds.")
+    best_of_n: str | None = option(None, "Candidate set of the base model, best of N by the reward model.")
+    judge: str = option("", "Simulated grader that measures; no part of feedback or reward.")
+    grader: str | None = option(None, "Simulated grader that gave the feedback, to compare with the judge.")
+    reward_model: str | None = option(None, "Reward model; adds rewards, and what its evaluation.json says.")
+    feedback: str | None = option(None, "Feedback dataset; its split `test` shows how the rewards are calibrated.")
+    encoder: str = option("efficientnet-lite0", "Image encoder; its features carry fidelity and usefulness.")
+    neighbours: int = option(
+        5, "Nearest neighbours of precision, recall, density and coverage.", minimum=1, maximum=100
+    )
+    bootstrap_samples: int = option(2000, "Resamples behind each bootstrap interval.", minimum=100)
+    confidence: float = option(0.95, "Confidence of all intervals.", minimum=0.5, maximum=0.999)
+    seed: int = option(0, "Seed of the subsets of real images and of the bootstrap.", minimum=0)
+
+    def problems(self) -> list[str]:
+        """Four inputs have no default, and calibration needs a reward model."""
+        problems = [
+            f"`{name}` is empty; give the folder or Hub id that the `{stage}` stage wrote."
+            for name, stage in (("data", "data"), ("before", "generate"), ("after", "generate"), ("judge", "graders"))
+            if not getattr(self, name)
+        ]
+        if self.feedback and not self.reward_model:
+            problems.append(
+                "`feedback` shows the reward model's calibration; give `reward_model` too, or leave it out."
+            )
+        return problems

@@ -1,0 +1,33 @@
+"""Settings of the `generate` stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pathalign.config import StageConfig, option
+
+
+@dataclass
+class GenerateConfig(StageConfig):
+    """Sample a candidate set from a pipeline."""
+
+    model: str = option("runs/base", "Pipeline: a folder or Hub id.")
+    revision: str | None = option(None, "Hub revision of `model`.")
+    adapter: str | None = option(None, "LoRA adapter: a folder or Hub id.")
+    adapter_scale: float = option(1.0, "Strength of the adapter: 0 is the base model.")
+    classes: list[str] = option([], "Class names to sample; all if empty.")
+    images_per_class: int = option(100, "Images of each class.", minimum=1)
+    inference_steps: int = option(12, "Denoising steps.", minimum=1)
+    guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is none.", minimum=0.0)
+    scheduler: Literal["dpmsolver++", "ddim", "ddpm", "euler", "unipc"] = option("dpmsolver++", "Sampler.")
+    batch_size: int = option(50, "Images sampled at once; it never changes an image.", minimum=1)
+    best_of: int = option(1, "Draw this many images for each one kept, the one of the highest reward.", minimum=1)
+    reward_model: str | None = option(None, "Reward model that `best_of` chooses by: a folder or Hub id.")
+    seed: int = option(0, "Seed of the first image; image i has seed `seed + i`.", minimum=0)
+
+    def problems(self) -> list[str]:
+        """Best-of-N needs a reward model."""
+        if self.best_of > 1 and self.reward_model is None:
+            return [f"`best_of` is {self.best_of}, but there is no `reward_model` to choose by."]
+        return []

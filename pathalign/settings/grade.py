@@ -1,0 +1,24 @@
+"""Settings of the `grade` stage by simulated graders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pathalign.config import StageConfig, option
+
+
+@dataclass
+class GradeConfig(StageConfig):
+    """Grade a candidate set with simulated graders."""
+
+    candidates: str = option("runs/candidates", "Candidate set made by `pathalign generate`.")
+    grader: str = option("runs/grader", "Simulated grader made by `pathalign grade fit`.")
+    graders: int = option(1, "Graders that look at each image; they differ by their noise.", minimum=1, maximum=100)
+    flip_rate: float = option(0.0, "Share of verdicts that a grader turns round at random.", minimum=0.0, maximum=0.5)
+    bias: float = option(0.0, "Added to the log-odds of plausible: above 0 lenient, below 0 strict.")
+    threshold: float = option(0.5, "Probability from which an image is called plausible.", minimum=0.01, maximum=0.99)
+    threshold_spread: float = option(0.0, "Standard deviation of the graders' own log-odds thresholds.", minimum=0.0)
+    unsure_margin: float = option(
+        0.0, "Probabilities this close to the threshold are called unsure.", minimum=0.0, maximum=0.5
+    )
+    seed: int = option(0, "Seed of the graders' noise.", minimum=0)

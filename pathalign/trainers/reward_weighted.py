@@ -1,0 +1,372 @@
+"""Reward-weighted denoising: finetune an adapter on the model's own images, weighted by their rewards.
+
+    loss = E_synthetic[ w(R(x, c)) * L_denoise ] + beta * E_real[ L_denoise ]
+
+Source: "Aligning Synthetic Medical Images with Clinical Knowledge using Human Feedback" (arXiv:2306.12438), where w is
+the reward itself. The `contrastive` form comes from DiffusionNFT (arXiv:2509.16117): a share r of an image pulls the model
+towards it, and a share 1 - r pushes the model away from it, both relative to the model that drew it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from pathalign.artefacts import artefact, fingerprint
+from pathalign.augment import random_orientations
+from pathalign.diffusion import lora
+from pathalign.diffusion.conditioning import ClassConditioning
+from pathalign.diffusion.pipeline import ClassConditionalPipeline
+from pathalign.generate import Sampling, draw, load_pipeline, scratch_dir, set_scheduler
+from pathalign.images import ImageSet, to_pixel_values
+from pathalign.progress import Progress, say
+from pathalign.reward import RewardModel
+from pathalign.schema import InputError, RunRecord, peak_rss_mb
+from pathalign.settings.reward_weighted import RewardWeightedConfig
+from pathalign.trainers.base import RunFolder, accelerator_for, cosine_rate, require_finite, step_generator
+
+SEEDS_PER_ROUND = 2**32  # beyond the seeds of candidate sets
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one round.
+
+    Attributes:
+        images: Shape `(n, 3, size, size)`, uint8.
+        class_ids: Shape `(n,)`, int64.
+        rewards: Shape `(n,)`, float32 in [0, 1].
+        weights: Shape `(n,)`, float32; of `contrastive` the share r in [0, 1], else a factor of the loss.
+    """
+
+    images: Tensor
+    class_ids: Tensor
+    rewards: Tensor
+    weights: Tensor
+
+
+def class_means(rewards: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the rewards of each image's class, both of shape `(n,)`."""
+    same = (class_ids[:, None] == class_ids[None, :]).float()
+    mean = same @ rewards / same.sum(dim=1)
+    spread = (same * (rewards[None, :] - mean[:, None]).square()).sum(dim=1) / same.sum(dim=1)
+    return mean, spread.sqrt()
+
+
+def reward_weights(rewards: Tensor, class_ids: Tensor, config: RewardWeightedConfig) -> Tensor:
+    """Weights of images from their rewards, by `config.weighting`.
+
+    Args:
+        rewards: Shape `(n,)`, float32 in [0, 1].
+        class_ids: Shape `(n,)`, int64.
+        config: Names the weighting and its parameters.
+
+    Returns:
+        Shape `(n,)`, float32. Positive weights average 1 over the batch, except `reward`: the paper's R itself.
+        `advantage` averages 0 within each class; `contrastive` is in [0, 1], 0.5 for an average image of its class.
+    """
+    mean, spread = class_means(rewards, class_ids)
+    if config.weighting == "reward":
+        return rewards
+    if config.weighting == "normalized":
+        return rewards / mean.clamp_min(1e-6)
+    if config.weighting == "exponential":
+        weights = ((rewards - rewards.max()) / config.temperature).exp()
+        return weights / weights.mean()
+    if config.weighting == "top_share":
+        chosen = torch.zeros_like(rewards)
+        for class_id in class_ids.unique():
+            own = (class_ids == class_id).nonzero()[:, 0]
+            count = max(1, round(config.top_share * len(own)))
+            chosen[own[rewards[own].topk(count).indices]] = 1.0
+        return chosen / chosen.mean()
+    advantage = (rewards - mean) / spread.clamp_min(1e-3)
+    if config.weighting == "advantage":
+        return advantage
+    return (0.5 + 0.5 * advantage).clamp(0, 1)
+
+
+def contrastive_loss(
+    prediction: Tensor, old_prediction: Tensor, target: Tensor, share: Tensor, contrast: float
+) -> Tensor:
+    """Pull towards plausible images, push away from implausible ones.
+
+    Args:
+        prediction: Of the trained model, shape `(n, channels, size, size)`.
+        old_prediction: Of the model that drew the images, same shape, no gradient.
+        target: Noise or velocity of the images.
+        share: Shape `(n,)`, in [0, 1]: 1 pulls only, 0 pushes only.
+        contrast: The implicit positive model lies `contrast` times the difference from the old one, the negative one
+            as far on the other side.
+
+    Returns:
+        Shape `(n,)`, float32, divided by `contrast` so that its gradient at the start does not depend on it.
+
+    Source: DiffusionNFT (arXiv:2509.16117).
+    """
+    difference = contrast * (prediction - old_prediction)
+    positive = (old_prediction + difference - target).square().mean(dim=(1, 2, 3))
+    negative = (old_prediction - difference - target).square().mean(dim=(1, 2, 3))
+    return (share * positive + (1 - share) * negative) / contrast
+
+
+def align(config: RewardWeightedConfig, output_dir: str | Path) -> RunRecord:
+    """Align a pipeline and write the adapter; the same call goes on where an interrupted one was.
+
+    Raises:
+        InputError: If an input cannot be used, all rewards of a round are equal, or the loss is no number any more.
+    """
+    pipeline = load_pipeline(config.base_model, config.base_revision)
+    reward_model = RewardModel.from_pretrained(config.reward_model)
+    real = ImageSet.load(config.data, "train")
+    if list(real.class_names) != pipeline.class_names:
+        raise InputError(
+            f"{config.data} has the classes {list(real.class_names)}, {config.base_model} has {pipeline.class_names}; "
+            "use the data that the base model was trained on."
+        )
+    with artefact(output_dir) as folder:
+        record = RewardWeightedTrainer(pipeline, reward_model, real, config, folder).train()
+    return record
+
+
+class RewardWeightedTrainer:
+    """Rounds of drawing images with the current adapter, scoring them and training on them."""
+
+    def __init__(
+        self,
+        pipeline: ClassConditionalPipeline,
+        reward_model: RewardModel,
+        real: ImageSet,
+        config: RewardWeightedConfig,
+        folder: Path,
+    ) -> None:
+        self.pipeline, self.config, self.folder, self.real = pipeline, config, folder, real
+        self.accelerator = accelerator_for(config.mixed_precision, config.trackers, folder)
+        self.device = self.accelerator.device
+        pipeline.to(self.device)
+        self.reward_model = reward_model.to(self.device).eval()
+        self.training_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
+        set_scheduler(pipeline, config.scheduler)
+        self.conditioning = ClassConditioning(pipeline)
+        lora.attach(
+            pipeline.unet, config.lora_rank, config.lora_alpha, config.lora_convolutions, step_generator(config.seed, 0)
+        )
+        self.parameters = list(lora.parameters(pipeline.unet).values())
+        optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+        self.unet, self.optimizer = self.accelerator.prepare(pipeline.unet, optimizer)
+        self.average = [parameter.detach().clone() for parameter in self.parameters]
+        self.sampled_with = [parameter.detach().clone() for parameter in self.parameters]
+        self.real_pixel_values = real.pixel_values()
+        inputs = {"base_model": config.base_model, "reward_model": config.reward_model}
+        self.inputs = {name: fingerprint(Path(path)) if Path(path).is_dir() else path for name, path in inputs.items()}
+        self.run = RunFolder(folder, self.accelerator, {**asdict(config), **self.inputs}, config.trackers)
+        self.mean_rewards: list[float] = []
+
+    def train(self) -> RunRecord:
+        """Run all rounds that are left, then write the adapter."""
+        started = time.monotonic()
+        step = self.resume()
+        total = self.config.rounds * self.config.steps_per_round
+        while step < total:
+            number = step // self.config.steps_per_round
+            if step % self.config.steps_per_round == 0:
+                self.use_average()
+            batch = self.collect(number)
+            with Progress(f"align, round {number + 1}/{self.config.rounds}", total, done=step) as progress:
+                while step < (number + 1) * self.config.steps_per_round:
+                    figures = self.step(step, batch)
+                    step += 1
+                    self.run.log(step, round=number + 1, **figures)
+                    if step % self.config.checkpoint_every_steps == 0 and step < total:
+                        self.save(step)
+                    progress.update(loss=figures["loss"], reward=float(batch.rewards.mean()))
+        return self.finish(time.monotonic() - started)
+
+    def use_average(self) -> None:
+        """Begin a round: the averaged adapter draws, and training goes on from it."""
+        torch._foreach_copy_([parameter.data for parameter in self.parameters], self.average)
+        torch._foreach_copy_(self.sampled_with, self.average)
+
+    def collect(self, number: int) -> Batch:
+        """Draw images with the adapter of the round's beginning, and score them.
+
+        Raises:
+            InputError: If all rewards are equal: there is nothing to learn from.
+        """
+        config = self.config
+        count = len(self.pipeline.class_names)
+        class_ids = torch.arange(count).repeat(config.images_per_class)
+        first_seed = SEEDS_PER_ROUND * (number + 1) + config.seed * len(class_ids)
+        sampling = Sampling(config.inference_steps, config.guidance_scale, config.sample_batch_size, first_seed)
+        process = (self.accelerator.process_index, self.accelerator.num_processes)
+        scratch = scratch_dir(self.folder, [asdict(config), self.inputs, number])
+        with self.weights_of(self.sampled_with):
+            parts = draw(self.pipeline, self.reward_model, class_ids.tolist(), sampling, scratch, process)
+        parts = sorted(gather_object(parts), key=lambda part: int(part["start"]))
+        rewards = torch.tensor([reward for part in parts for reward in part["rewards"]])
+        self.mean_rewards = [*self.mean_rewards[:number], float(rewards.mean())]
+        if not torch.isfinite(rewards).all():
+            raise InputError(f"{self.config.reward_model} gives rewards that are no numbers; train it again.")
+        if float(rewards.std()) < 1e-4:
+            raise InputError(
+                f"All {len(rewards)} rewards of round {number + 1} are about {float(rewards.mean()):.4f}: there is "
+                "nothing to learn from. Look at the reward model's evaluation.json, or grade more images."
+            )
+        say(f"Round {number + 1}: mean reward {float(rewards.mean()):.3f} of {len(rewards)} images.")
+        return Batch(
+            images=torch.cat([part["images"] for part in parts]),
+            class_ids=class_ids,
+            rewards=rewards,
+            weights=reward_weights(rewards, class_ids, config),
+        )
+
+    def weights_of(self, weights: list[Tensor]) -> _Weights:
+        """Context in which the adapter has other weights."""
+        return _Weights(self.parameters, weights)
+
+    def step(self, step: int, batch: Batch) -> dict[str, float]:
+        """One optimizer step on synthetic and real images."""
+        config = self.config
+        rate = config.learning_rate * cosine_rate(step, config.rounds * config.steps_per_round, config.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        generator = step_generator(config.seed, 1, step)
+        with self.accelerator.autocast():
+            synthetic = self.synthetic_loss(batch, generator)
+            real = self.real_loss(generator) if config.beta > 0 else torch.zeros((), device=self.device)
+            loss = synthetic + config.beta * real
+        require_finite(loss, step, rate)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        torch._foreach_lerp_(self.average, [parameter.data for parameter in self.parameters], 1 - config.ema_decay)
+        return {
+            "loss": loss.item(),
+            "synthetic_loss": synthetic.item(),
+            "real_loss": real.item(),
+            "gradient_norm": float(norm) if norm is not None else float("nan"),
+            "learning_rate": rate,
+            "mean_reward": float(batch.rewards.mean()),
+        }
+
+    def synthetic_loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """The reward-weighted term."""
+        index = torch.randint(
+            0, len(batch.images), (self.config.batch_size * self.accelerator.num_processes,), generator=generator
+        )
+        clean, class_ids, noise, timesteps = self.noised(
+            to_pixel_values(batch.images[index]), batch.class_ids[index], generator
+        )
+        weights = self.own(batch.weights[index])
+        noisy, target = self.noisy_and_target(clean, noise, timesteps)
+        conditions = self.conditioning(class_ids)
+        if self.config.weighting == "contrastive":
+            with torch.no_grad(), self.weights_of(self.sampled_with):
+                old_prediction = self.pipeline.unet(noisy, timesteps, **conditions).sample.float()
+            prediction = self.unet(noisy, timesteps, **conditions).sample.float()
+            return contrastive_loss(prediction, old_prediction, target, weights, self.config.contrast).mean()
+        prediction = self.unet(noisy, timesteps, **conditions).sample.float()
+        return (weights * (prediction - target).square().mean(dim=(1, 2, 3))).mean()
+
+    def real_loss(self, generator: torch.Generator) -> Tensor:
+        """Denoising loss on real training images."""
+        count = self.config.real_batch_size * self.accelerator.num_processes
+        index = torch.randint(0, len(self.real), (count,), generator=generator)
+        clean, class_ids, noise, timesteps = self.noised(
+            self.real_pixel_values[index], self.real.class_ids[index], generator
+        )
+        noisy, target = self.noisy_and_target(clean, noise, timesteps)
+        return (self.unet(noisy, timesteps, **self.conditioning(class_ids)).sample.float() - target).square().mean()
+
+    def noised(
+        self, pixel_values: Tensor, class_ids: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This process's images (turned at random), classes, noise and timesteps; timesteps are spread evenly."""
+        images = random_orientations(pixel_values, generator)
+        noise = torch.randn(images.shape, generator=generator)
+        steps = self.training_schedule.config.num_train_timesteps
+        spread = (
+            torch.randperm(len(images), generator=generator) + torch.rand(len(images), generator=generator)
+        ) / len(images)
+        timesteps = (spread * steps).long().clamp_max(steps - 1)
+        return self.own(images), self.own(class_ids), self.own(noise), self.own(timesteps)
+
+    def own(self, values: Tensor) -> Tensor:
+        """This process's part of a global batch, on its device."""
+        return values.chunk(self.accelerator.num_processes)[self.accelerator.process_index].to(self.device)
+
+    def noisy_and_target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy images and what the UNet shall predict for them."""
+        noisy = self.training_schedule.add_noise(clean, noise, timesteps)
+        if self.training_schedule.config.prediction_type == "v_prediction":
+            return noisy, self.training_schedule.get_velocity(clean, noise, timesteps)
+        return noisy, noise
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint with all that an exact resume needs; the round's images lie beside it."""
+        state = {
+            "parameters": [parameter.detach().cpu() for parameter in self.parameters],
+            "average": self.average,
+            "sampled_with": self.sampled_with,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
+            "mean_rewards": self.mean_rewards,
+        }
+        self.run.save(step, state)
+
+    def resume(self) -> int:
+        """Load the newest checkpoint; returns the step to go on with."""
+        state = self.run.load()
+        if state is None:
+            return 0
+        torch._foreach_copy_([parameter.data for parameter in self.parameters], state["parameters"])
+        torch._foreach_copy_(self.average, state["average"])
+        torch._foreach_copy_(self.sampled_with, state["sampled_with"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.mean_rewards = state["mean_rewards"]
+        return int(state["step"])
+
+    def finish(self, wall_s: float) -> RunRecord:
+        """Write the averaged adapter with its card, samples and record."""
+        self.use_average()
+        record = RunRecord(
+            stage="align",
+            config=asdict(self.config),
+            inputs=self.inputs,
+            seeds={"seed": self.config.seed},
+            metrics={
+                "mean_reward_by_round": self.mean_rewards,
+                "adapter_parameters": sum(parameter.numel() for parameter in self.parameters),
+            },
+            wall_s=wall_s,
+            peak_rss_mb=peak_rss_mb(),
+        )
+        if self.accelerator.is_main_process:
+            lora.save(self.accelerator.unwrap_model(self.unet), self.folder)
+            record.save(self.folder)
+        self.run.close()
+        self.accelerator.wait_for_everyone()
+        return record
+
+
+class _Weights:
+    """Swaps the values of parameters for the time of a block."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], weights: list[Tensor]) -> None:
+        self.data, self.weights = [parameter.data for parameter in parameters], weights
+
+    def __enter__(self) -> None:
+        self.kept = [values.clone() for values in self.data]
+        torch._foreach_copy_(self.data, self.weights)
+
+    def __exit__(self, *_: object) -> None:
+        torch._foreach_copy_(self.data, self.kept)

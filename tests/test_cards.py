@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from pathalign.cards import NOT_MEASURED, Grading, render, template_dir, write_card
+from pathalign.schema import DISCLAIMER, InputError, RunRecord
+
+SIMULATED = Grading(simulated=True, n_grades=800, n_graders=1)
+REPORT = {
+    "metrics": {
+        "before": {"n": 500, "plausible_share": 0.54, "plausible_ci": [0.5, 0.58], "recall": 0.61, "n_fidelity": 1480},
+        "after": {"n": 500, "plausible_share": 0.71, "plausible_ci": [0.67, 0.75], "recall": 0.57, "n_fidelity": 480},
+        "real": {"n": 600, "plausible_share": 0.9, "plausible_ci": [0.87, 0.92]},
+        "control": None,
+    },
+    "worse": [
+        {"name": "recall", "before": 0.61, "after": 0.57, "notable": True},
+        {"name": "density", "before": 0.8, "after": 0.79, "notable": False},
+    ],
+}
+
+
+@pytest.fixture
+def record() -> RunRecord:
+    return RunRecord(
+        stage="align", config={"data": "/home/someone/data"}, seeds={"seed": 7}, versions={"torch": "2.13.0"}, wall_s=61
+    )
+
+
+def front_matter(card: str) -> dict[str, object]:
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL).group(1))
+
+
+def body_lines(card: str) -> list[str]:
+    return [line for line in card.split("---\n", 2)[2].splitlines() if line]
+
+
+def row(card: str, title: str) -> list[str]:
+    (line,) = [line for line in card.splitlines() if line.startswith(f"| {title}")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_front_matter_of_each_kind_has_the_keys_that_the_hub_shows(record):
+    for kind, keys in {
+        "diffusion_base": {"license", "library_name", "pipeline_tag", "tags"},
+        "lora_adapter": {"license", "library_name", "pipeline_tag", "tags", "base_model", "base_model_relation"},
+        "reward_model": {"license", "library_name", "pipeline_tag", "tags"},
+    }.items():
+        base_model = "someone/cells" if kind == "lora_adapter" else None
+        card = render(kind, record, grading=SIMULATED, base_model=base_model)
+        assert set(front_matter(card)) == keys, kind
+        assert "not-for-diagnosis" in front_matter(card)["tags"]
+
+
+def test_an_adapter_names_its_base_model_as_the_hub_wants_it(record):
+    card = render("lora_adapter", record, grading=SIMULATED, base_model="someone/cells", license="cc-by-4.0")
+    data = ModelCard(card).data
+    assert (data.base_model, data.to_dict()["base_model_relation"]) == ("someone/cells", "adapter")
+    assert (data.library_name, data.license) == ("diffusers", "cc-by-4.0")
+
+
+def test_no_path_of_this_machine_gets_into_a_card(record, tmp_path):
+    card = render("lora_adapter", record, grading=SIMULATED, base_model=str(tmp_path))
+    assert "base_model" not in front_matter(card)
+    assert str(tmp_path) not in card
+    assert "/home/" not in card
+
+
+def test_the_first_line_says_simulated_if_graders_were_networks_and_never_if_they_were_experts(record):
+    by_networks = render("reward_model", record, grading=SIMULATED)
+    assert body_lines(by_networks)[0].startswith("**Learned from simulated graders, not from experts.**")
+    by_experts = render(
+        "reward_model", record, grading=Grading(simulated=False, n_grades=90, krippendorff_alpha=0.7123)
+    )
+    assert "simulated" not in by_experts.lower()
+    assert "| 90 | not measured | 0.712 |" in by_experts
+
+
+def test_every_card_says_research_only_at_the_top(record):
+    for kind in ("diffusion_base", "lora_adapter", "reward_model"):
+        assert DISCLAIMER in body_lines(render(kind, record, grading=SIMULATED, base_model="someone/cells"))[0]
+
+
+def test_numbers_stand_with_their_sample_count_and_interval_and_absent_ones_as_not_measured(record):
+    card = render("lora_adapter", record, REPORT, grading=SIMULATED, base_model="someone/cells")
+    assert row(card, "measure") == ["base, n = 500", "aligned, n = 500", "real, n = 600"]
+    assert row(card, "plausible") == ["0.54 (0.5 to 0.58)", "0.71 (0.67 to 0.75)", "0.9 (0.87 to 0.92)"]
+    assert row(card, "recall") == ["0.61", "0.57", NOT_MEASURED]
+    assert row(card, "authenticity") == [NOT_MEASURED] * 3
+    assert row(card, "images that") == ["1480", "480", NOT_MEASURED]
+
+
+def test_measures_by_a_simulated_judge_or_on_a_phantom_say_so(record):
+    plain = render("diffusion_base", record, REPORT)
+    warned = render("diffusion_base", record, {**REPORT, "simulated": True, "phantom": True})
+    for words in ("The judge is simulated", "drawn phantoms"):
+        assert words in warned and words not in plain
+
+
+def test_what_got_worse_is_listed_and_said_to_be_not_measured_without_a_report(record):
+    card = render("lora_adapter", record, REPORT, grading=SIMULATED, base_model="someone/cells")
+    assert "- recall: 0.61 to 0.57\n- density: 0.8 to 0.79, which may be chance\n" in card
+    without_report = render("lora_adapter", record, grading=SIMULATED, base_model="someone/cells")
+    assert "What got worse, the gravest first:\nnot measured." in without_report
+
+
+def test_a_reward_model_shows_its_held_out_figures(record):
+    figures = {"n": 160, "roc_auc": 0.913, "roc_auc_ci": [0.87, 0.95], "ece": 0.04, "brier": None}
+    card = render("reward_model", record, {"overall": figures}, grading=SIMULATED)
+    assert "On 160 held-out grades" in card
+    assert (row(card, "ROC AUC"), row(card, "Brier score")) == (["0.913 (0.87 to 0.95)"], [NOT_MEASURED])
+
+
+def test_who_graded_is_read_from_the_feedback_datasets_agreement():
+    agreement = {"simulated": True, "n_grades": 90, "n_graders": 3, "krippendorff_alpha": {"value": 0.7, "n": 30}}
+    assert Grading.from_agreement(agreement) == Grading(True, 90, 3, 0.7)
+
+
+def test_a_reports_headline_stands_on_the_card(record):
+    card = render(
+        "lora_adapter", record, {**REPORT, "headline": "Reward hacking."}, grading=SIMULATED, base_model="a/b"
+    )
+    assert body_lines(card)[1] == "> Reward hacking."
+
+
+def test_usage_python_compiles_and_uses_a_class_of_the_model(record):
+    for kind in ("diffusion_base", "lora_adapter", "reward_model"):
+        card = render(kind, record, grading=SIMULATED, base_model="someone/cells", class_names=["band", "segmented"])
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        compile(code, kind, "exec")
+        assert ('"band"' in code) == (kind != "reward_model")
+
+
+def test_a_card_without_the_facts_it_owes_is_refused(record):
+    with pytest.raises(InputError, match="base_model"):
+        render("lora_adapter", record, grading=SIMULATED)
+    with pytest.raises(InputError, match="grading"):
+        render("reward_model", record)
+    with pytest.raises(InputError, match="diffusion_base"):
+        render("pipeline", record)
+
+
+def test_write_card_writes_what_the_hub_shows_as_the_repos_page(record, tmp_path):
+    path = write_card(tmp_path, "diffusion_base", record, class_names=["a", "b"])
+    assert path == tmp_path / "README.md"
+    assert ModelCard.load(path).data.library_name == "diffusers"
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_every_template_is_found_in_a_checkout():
+    names = {path.name for path in Path(template_dir()).glob("*.jinja")}
+    assert {"diffusion_base.md.jinja", "lora_adapter.md.jinja", "reward_model.md.jinja"} <= names

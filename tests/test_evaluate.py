@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pathalign.evaluate as stage
+from pathalign.evaluate import alignment, fidelity, utility
+from pathalign.evaluate.subjects import load_subjects
+from pathalign.grading.simulated import Judgement
+from pathalign.images import ImageSet
+from pathalign.schema import InputError, RunRecord
+from pathalign.settings.evaluate import EvaluateConfig
+
+CLASSES = ("a", "b")
+
+
+class BrightnessJudge(nn.Module):
+    """Finds an image plausible if its green channel is bright; the class criterion always holds."""
+
+    class_names = ["b", "a"]  # another order than the images have
+
+    def judge(self, pixel_values: Tensor, class_ids: Tensor) -> Judgement:
+        green = (pixel_values[:, 1].mean(dim=(1, 2)) + 1) / 2
+        return Judgement(torch.stack([torch.ones_like(green), green], dim=1), ("class", "green"))
+
+
+class PooledPixels(nn.Module):
+    """A stand-in for an encoder: 48 block means."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(pixel_values, 4).flatten(1)
+
+
+def images(count: int, seed: int, green: float = 128, names: tuple[str, ...] = CLASSES) -> ImageSet:
+    rng = np.random.default_rng(seed)
+    ids = torch.arange(count) % len(names)
+    pixels = rng.normal(128, 40, (count, 3, 8, 8))
+    pixels[:, 0] += 60 * ids.numpy()[:, None, None]
+    pixels[:, 1] += green - 128 + rng.normal(0, 20, (count, 1, 1))
+    seeds = [int(value) for value in range(count)]
+    return ImageSet.build(torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)), ids, names, {"seed": seeds})
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> dict[str, str]:
+    images(40, 1).save(tmp_path / "data", "train")
+    images(60, 2, green=160).save(tmp_path / "data", "test")
+    RunRecord(stage="data", config={"source": "phantom"}).save(tmp_path / "data")
+    for name, seed, green in (("before", 3, 120), ("after", 4, 145), ("control", 5, 122)):
+        images(30, seed, green).save(tmp_path / name)
+    return {name: str(tmp_path / name) for name in ("data", "before", "after", "control")}
+
+
+@pytest.fixture
+def panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage.SimulatedGrader, "load", lambda folder: BrightnessJudge())
+    monkeypatch.setattr(stage, "load_encoder", lambda name: PooledPixels())
+
+
+def config(inputs: dict[str, str], **changes: object) -> EvaluateConfig:
+    return EvaluateConfig(**{**inputs, "judge": "judge", "bootstrap_samples": 200, **changes})
+
+
+def brute_force_prdc(real: np.ndarray, fake: np.ndarray, k: int) -> dict[str, float]:
+    """Definitions of arXiv:1904.06991 and arXiv:2002.09797, one image at a time."""
+
+    def radius(points: np.ndarray, i: int) -> float:
+        return sorted(np.linalg.norm(points - points[i], axis=1))[k]  # place 0 is the point itself
+
+    real_radius = [radius(real, i) for i in range(len(real))]
+    fake_radius = [radius(fake, j) for j in range(len(fake))]
+    inside = [[np.linalg.norm(x - y) < real_radius[i] for i, x in enumerate(real)] for y in fake]
+    return {
+        "precision": sum(any(row) for row in inside) / len(fake),
+        "recall": sum(any(np.linalg.norm(x - y) < fake_radius[j] for j, y in enumerate(fake)) for x in real)
+        / len(real),
+        "density": sum(map(sum, inside)) / (k * len(fake)),
+        "coverage": sum(any(row[i] for row in inside) for i in range(len(real))) / len(real),
+    }
+
+
+def test_neighbourhood_metrics_equal_their_definitions_counted_by_hand(capsys):
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(40, 3)), rng.normal(0.7, 1, size=(40, 3))
+    assert fidelity.neighbourhood_metrics(real, fake, 5) == pytest.approx(brute_force_prdc(real, fake, 5))
+    assert capsys.readouterr().out == ""
+
+
+def test_wilson_interval_matches_newcombe_1998():
+    # Newcombe, Statistics in Medicine 17 (1998), table I: 81/263 and 0/20, score method without correction.
+    assert alignment.wilson(81, 263, 0.95) == pytest.approx([0.2553, 0.3662], abs=5e-5)
+    assert alignment.wilson(0, 20, 0.95) == pytest.approx([0.0, 0.1611], abs=5e-5)
+
+
+def test_unbiased_mmd_equals_the_double_sum_over_pairs():
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(6, 3)), rng.normal(1, 1, size=(5, 3))
+
+    def k(a: np.ndarray, b: np.ndarray) -> float:
+        return (a @ b / 3 + 1) ** 3
+
+    expected = (
+        sum(k(x[i], x[j]) for i in range(6) for j in range(6) if i != j) / 30
+        + sum(k(y[i], y[j]) for i in range(5) for j in range(5) if i != j) / 20
+        - 2 * sum(k(a, b) for a in x for b in y) / 30
+    )
+    matrices = [(a @ b.T / 3 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
+    assert fidelity.unbiased_mmd2(*matrices) == pytest.approx(expected)
+
+
+def test_kernel_distance_is_unbiased_around_zero_for_equal_distributions():
+    rng = np.random.default_rng(2)
+    values = [
+        fidelity.kernel_distance(rng.normal(size=(60, 4)), rng.normal(size=(60, 4)), rng, subsets=20)[0]
+        for _ in range(30)
+    ]
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(30)
+    assert fidelity.kernel_distance(rng.normal(size=(60, 4)), rng.normal(1, 1, (60, 4)), rng)[0] > max(values)
+
+
+def test_frechet_distance_of_gaussians_matches_the_closed_form():
+    # Samples whitened to have exactly zero mean and unit covariance, then given diagonal covariances:
+    # d^2 = |difference of means|^2 + sum (sigma_1 - sigma_2)^2.
+    rng = np.random.default_rng(3)
+
+    def exact(std: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        raw = rng.normal(size=(500, 3))
+        centred = raw - raw.mean(0)
+        return centred @ np.linalg.inv(np.linalg.cholesky(np.cov(centred.T))).T * std + mean
+
+    first = exact(np.array([1.0, 2.0, 3.0]), np.zeros(3))
+    second = exact(np.array([2.0, 2.0, 1.0]), np.array([1.0, 0.0, -2.0]))
+    assert fidelity.frechet_distance(first, second) == pytest.approx(5.0 + 1 + 0 + 4)
+
+
+def test_dimensions_are_reduced_only_with_too_few_images():
+    points = np.random.default_rng(4).normal(size=(50, 10))
+    assert fidelity.reduce_dimensions(points, 20) is None
+    pca = fidelity.reduce_dimensions(points, 19)
+    assert pca is not None and pca.n_components_ == 4
+
+
+def test_copies_and_turned_copies_are_no_authentic_images_and_others_are():
+    train, unseen, fresh = images(20, 5), images(200, 6), images(20, 7)
+    encode = PooledPixels()
+
+    def features(pixels: Tensor) -> np.ndarray:
+        return encode(pixels.float()).numpy()
+
+    check = fidelity.CopyCheck.fit(features(fidelity.all_orientations(train.images)), features(unseen.images))
+    turned = torch.rot90(train.images, 1, (2, 3)).flip(3)
+    for copies in (train.images, turned):
+        found = check.check(features(copies))
+        assert not found.authentic.any()
+        assert found.rows.tolist() == list(range(20))
+    assert check.check(features(fresh.images)).authentic.all()
+    assert check.check(features(unseen.images)).authentic.mean() == pytest.approx(0.99)
+
+
+def test_the_closest_pair_names_the_orientation_in_which_it_was_found():
+    train = images(5, 8)
+    turned = fidelity.all_orientations(train.images).float().flatten(1).numpy()
+    check = fidelity.CopyCheck.fit(turned, images(50, 9).images.float().flatten(1).numpy())
+    queries = np.stack([turned[7] + 30, turned[5 * 6 + 2]])
+    first = check.check(queries).closest(2)[0]
+    assert first == {"row": 1, "train_row": 2, "orientation": 6, "distance": 0.0, "near_copy": True}
+
+
+def test_matched_rows_are_equal_in_each_class_and_never_shared():
+    test, few = images(60, 10), images(12, 11)
+    rows = fidelity.match_rows({"before": few, "after": images(20, 12)}, test, 3, seed=0)
+    assert len(rows.reference) == len(rows.floor) == len(rows.generated["after"]) == 12
+    assert not set(rows.reference) & set(rows.floor)
+    for chosen in (rows.reference, rows.floor):
+        assert np.bincount(test.class_ids[chosen]).tolist() == [6, 6]
+    assert rows.generated["before"].tolist() == rows.generated["after"].tolist()
+
+
+def test_too_few_images_for_the_neighbours_are_refused():
+    with pytest.raises(InputError, match=r"Only 4 images.*`neighbours` = 5 needs more"):
+        fidelity.match_rows({"before": images(4, 0)}, images(60, 1), 5, seed=0)
+
+
+def test_a_classifier_is_useful_if_its_classes_lie_where_the_real_ones_do():
+    rng = np.random.default_rng(13)
+    classes = np.arange(100) % 2
+    features = rng.normal(size=(100, 3)) + 6 * classes[:, None]
+    assert utility.correct_on_real(features, classes, features, classes).mean() == 1
+    assert utility.correct_on_real(features, 1 - classes, features, classes).mean() == 0
+
+
+def test_training_sets_of_the_usefulness_test_have_equal_size():
+    rows = utility.match_training_rows({"before": images(30, 0), "after": images(20, 1)}, images(40, 2), seed=0)
+    assert {name: len(found) for name, found in rows.items()} == {"before": 20, "after": 20, "real": 20}
+
+
+def test_the_paired_interval_covers_the_true_gain_about_as_often_as_it_says():
+    rng = np.random.default_rng(14)
+    covered = 0
+    for repeat in range(200):
+        luck = rng.uniform(size=150)  # shared by the pair, as the seed is
+        before, after = luck < 0.5, (luck + rng.normal(0, 0.1, 150)) < 0.6
+        low, high = alignment.paired_gain(before, after, 300, 0.95, repeat)[1]
+        truth = 0.1  # up to edge effects of about 0.001
+        covered += low <= truth <= high
+    assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_pairing_makes_the_interval_narrower_than_independent_sets_would():
+    luck = np.random.default_rng(15).uniform(size=400)
+    before, after = luck < 0.5, luck < 0.6
+    paired = np.diff(alignment.paired_gain(before, after, 1000, 0.95, 0)[1])
+    shuffled = np.diff(alignment.paired_gain(before, np.random.default_rng(1).permutation(after), 1000, 0.95, 0)[1])
+    assert paired < 0.6 * shuffled
+
+
+def test_gap_closed_is_the_share_of_the_distance_and_null_without_one():
+    before, after, real = (np.arange(200) < count for count in (100, 140, 180))
+    closed, interval = alignment.gap_closed(before, after, real, 1000, 0.95, 0)
+    assert closed == pytest.approx(0.5)
+    assert interval is not None and 0.3 < interval[0] < 0.5 < interval[1] < 0.7
+    assert alignment.gap_closed(real, after, before, 1000, 0.95, 0) == (None, None)
+    assert alignment.gap_closed(before, after, np.arange(200) < 101, 1000, 0.95, 0) == (pytest.approx(40), None)
+
+
+@pytest.mark.parametrize(
+    ("judge_gain", "reward_gain", "grader_gain", "expected"),
+    [
+        (-0.01, 0.1, None, True),
+        (-0.01, None, 0.1, True),
+        (-0.01, -0.1, 0.1, True),
+        (-0.01, -0.1, 0.0, False),
+        (-0.01, None, None, False),
+        (0.0, 0.1, 0.1, False),
+        (0.05, 0.1, 0.1, False),
+    ],
+)
+def test_hacking_is_a_rising_proxy_with_a_falling_judge(judge_gain, reward_gain, grader_gain, expected):
+    assert alignment.reward_hacking(judge_gain, reward_gain, grader_gain) is expected
+
+
+def test_kappa_is_zero_for_independent_verdicts_and_none_for_constant_ones():
+    first, second = np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 0], bool)
+    assert alignment.kappa(first, second) == pytest.approx(0)
+    assert alignment.kappa(first, first) == pytest.approx(1)
+    assert alignment.kappa(first | True, first | True) is None
+
+
+def test_calibration_bins_hold_means_of_rewards_and_grades():
+    rewards, plausible = np.array([0.01, 0.05, 0.95, 1.0]), np.array([0.0, 0.5, 1.0, 1.0])
+    assert alignment.reliability(rewards, plausible) == [
+        {"n": 2, "reward": pytest.approx(0.03), "plausible": 0.25},
+        {"n": 2, "reward": pytest.approx(0.975), "plausible": 1.0},
+    ]
+
+
+def test_the_stage_measures_all_sets_and_writes_what_it_returns(inputs, panel, tmp_path):
+    record = stage.evaluate(config(inputs), tmp_path / "out")
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics == json.loads(json.dumps(record.metrics))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "metrics.json",
+        "report.html",
+        "figures",
+        "run.json",
+    }
+    before, after = (ImageSet.load(inputs[name]) for name in ("before", "after"))
+    truth = [(found.images[:, 1].float().mean(dim=(1, 2)) / 255 >= 0.5).double() for found in (before, after)]
+    assert metrics["metrics"]["before"]["plausible_share"] == pytest.approx(truth[0].mean().item())
+    assert metrics["plausible_gain"] == pytest.approx((truth[1] - truth[0]).mean().item())
+    assert metrics["metrics"]["after"]["per_criterion"]["class"]["failed_share"] == 0
+    assert metrics["metrics"]["after"]["per_class"]["b"]["n"] == 15
+    assert metrics["metrics"]["real"]["authenticity"] == pytest.approx(59 / 60)
+    assert metrics["metrics"]["best_of_n"] is None
+    assert metrics["simulated"] and metrics["phantom"]
+    assert record.inputs.keys() == {"data", "before", "after", "control", "judge"}
+
+
+def test_the_same_call_gives_the_same_numbers(inputs, panel, tmp_path):
+    first, second = (stage.evaluate(config(inputs), tmp_path / name).metrics for name in ("one", "two"))
+    assert first == second
+
+
+def test_an_interrupted_evaluation_makes_no_feature_twice(inputs, panel, tmp_path, monkeypatch):
+    seen = []
+
+    class Counting(PooledPixels):
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            seen.append(len(pixel_values))
+            return super().forward(pixel_values)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "load_encoder", lambda name: Counting())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage.report, "write", interrupt)
+        stage.evaluate(config(inputs), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert sum(seen) == 8 * 40 + 3 * 30 + 60
+    stage.evaluate(config(inputs), tmp_path / "out")
+    assert sum(seen) == 8 * 40 + 3 * 30 + 60
+
+
+def test_different_seeds_are_refused_and_the_row_is_named(inputs):
+    after = ImageSet.load(inputs["after"])
+    after.columns["seed"][7] = 99
+    after.save(inputs["after"])
+    with pytest.raises(InputError, match=r"row 7 is \(seed, class\) \(7, 'b'\) in `before` and \(99, 'b'\) in `after`"):
+        load_subjects(config(inputs))
+
+
+def test_a_missing_seed_or_another_length_is_refused(inputs):
+    images(28, 0).save(inputs["control"])
+    with pytest.raises(InputError, match=r"`before` has 30 images with a seed, `control` has 28"):
+        load_subjects(config(inputs))
+    replace(images(30, 0), columns={}).save(inputs["control"])
+    with pytest.raises(InputError, match=r"`control` has 0"):
+        load_subjects(config(inputs))
+
+
+def test_classes_are_matched_by_name_not_by_id(inputs):
+    before = ImageSet.load(inputs["before"])
+    swapped = replace(before, class_ids=1 - before.class_ids, class_names=("b", "a"))
+    swapped.save(inputs["before"])
+    assert load_subjects(config(inputs)).generated["before"].class_ids.tolist() == before.class_ids.tolist()
+
+
+def test_other_class_names_sizes_and_empty_classes_are_refused(inputs):
+    images(30, 0, names=("a", "c")).save(inputs["after"])
+    with pytest.raises(InputError, match=r"`after` .* has the classes \['a', 'c'\]"):
+        load_subjects(config(inputs))
+    only_a = images(30, 0)
+    replace(only_a, class_ids=torch.zeros(30, dtype=torch.int64)).save(inputs["after"])
+    with pytest.raises(InputError, match=r"no image of the classes \['b'\]"):
+        load_subjects(config(inputs))
+    replace(only_a, images=only_a.images[:, :, :4, :4]).save(inputs["after"])
+    with pytest.raises(InputError, match="has images of 4 px, the real test images have 8 px"):
+        load_subjects(config(inputs))
+
+
+def test_a_missing_folder_or_split_is_named(inputs, tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        load_subjects(config(inputs, before=str(tmp_path / "nowhere")))
+    images(30, 0).save(tmp_path / "no_test", "train")
+    with pytest.raises(InputError, match="no split 'test'"):
+        load_subjects(config(inputs, data=str(tmp_path / "no_test")))
+
+
+def test_all_missing_inputs_are_reported_together():
+    with pytest.raises(InputError) as error:
+        EvaluateConfig(feedback="graded")
+    assert [name in str(error.value) for name in ("`data`", "`before`", "`after`", "`judge`", "`reward_model`")] == [
+        True
+    ] * 5
+
+
+def test_what_got_worse_lists_every_loss_and_marks_the_clear_ones():
+    base = dict.fromkeys(alignment.HIGHER_IS_BETTER, 0.5) | {"kid": 0.1, "fid": 2.0}
+    before = base | {"per_class": {"a": {"plausible_share": 0.8}}, "per_criterion": {"nucleus": {"failed_share": 0.1}}}
+    after = before | {"recall": 0.44, "coverage": 0.46, "precision": 0.9, "fid": 3.0, "grader_share": None}
+    after |= {"per_class": {"a": {"plausible_share": 0.7}}, "per_criterion": {"nucleus": {"failed_share": 0.2}}}
+    intervals = {"plausible share of a": [-0.15, -0.05], "share failing nucleus": [-0.01, 0.21]}
+    found = {row["name"]: row["notable"] for row in alignment.what_got_worse(before, after, intervals)}
+    assert found == {
+        "FID": True,
+        "plausible share of a": True,
+        "recall": True,
+        "share failing nucleus": False,
+        "coverage": False,
+    }

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pathalign.evaluate import report
+from pathalign.evaluate.alignment import Verdicts
+from pathalign.images import ImageSet
+from pathalign.schema import DISCLAIMER, RunRecord
+
+SETS = ("before", "after", "control", "best_of_n", "real")
+CLASSES = ("band <neutrophil>", "lymphocyte")
+VOID = {"meta", "img", "source", "br"}
+
+
+class Outline(HTMLParser):
+    """Collects what a reader or a screen reader meets, and fails on tags that do not close."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip() and not {"style", "title"} & set(self.open):
+            self.text.append(data.strip())
+
+
+def measured(share: float, reward: float | None) -> dict[str, Any]:
+    shares = ("precision", "recall", "coverage", "authenticity", "utility_accuracy", "grader_share")
+    return {
+        "n": 8,
+        "plausible_share": share,
+        "plausible_ci": [share - 0.05, share + 0.05],
+        **dict.fromkeys(shares, 0.75),
+        **{f"{name}_ci": [0.7, 0.8] for name in shares},
+        "density": 0.9,
+        "kid": 0.012,
+        "kid_sd": 0.001,
+        "fid": 1.5,
+        "fid_dimensions": 2,
+        "grader_judge_kappa": 0.6,
+        "mean_reward": reward,
+        "mean_reward_ci": None if reward is None else [reward - 0.02, reward + 0.02],
+        "n_fidelity": 6,
+        "n_utility": 7,
+        "per_class": {
+            name: {"n": 4, "plausible_share": share, "plausible_share_ci": [share - 0.1, share + 0.1]}
+            for name in CLASSES
+        },
+        "per_criterion": {"nucleus": {"n": 8, "failed_share": 0.2, "failed_share_ci": [0.1, 0.3]}},
+    }
+
+
+def example_metrics() -> dict[str, Any]:
+    shares = {
+        "before": (0.5, 0.4),
+        "after": (0.7, 0.6),
+        "control": (0.55, 0.45),
+        "best_of_n": (0.6, 0.7),
+        "real": (0.9, 0.8),
+    }
+    return {
+        "reward": {"roc_auc": 0.91, "ece": 0.03, "n": 200, "per_class": {}},
+        "metrics": {name: measured(*values) for name, values in shares.items()},
+        "plausible_gain": 0.2,
+        "plausible_gain_ci": [0.1, 0.3],
+        "gain_over_control": 0.15,
+        "gain_over_control_ci": [0.05, 0.25],
+        "gap_closed": 0.5,
+        "gap_closed_ci": [0.3, 0.7],
+        "reward_hacking": False,
+        "worse": [
+            {"name": "recall", "before": 0.8, "after": 0.7, "difference": -0.1, "interval": None, "notable": True},
+        ],
+        "confidence": 0.95,
+        "simulated": True,
+    }
+
+
+def example_exhibits() -> report.Exhibits:
+    generator = torch.Generator().manual_seed(0)
+
+    def images(count: int) -> ImageSet:
+        pixels = torch.randint(0, 256, (count, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        return ImageSet.build(pixels, torch.arange(count) % 2, CLASSES, {"seed": list(range(count))})
+
+    verdicts = Verdicts(np.arange(8) % 2 == 0, ("nucleus",), (np.arange(8) % 2 == 1)[:, None])
+    pair = {"row": 3, "train_row": 1, "orientation": 5, "distance": 0.25, "near_copy": True}
+    return report.Exhibits(
+        sets={name: images(8) for name in SETS},
+        verdicts=dict.fromkeys(SETS, verdicts),
+        rewards={name: np.linspace(0.1, 0.9, 8) for name in SETS},
+        train=images(4),
+        closest=[pair, {**pair, "row": 0, "near_copy": False}],
+        calibration=[{"n": 10, "reward": 0.2, "plausible": 0.25}, {"n": 30, "reward": 0.8, "plausible": 0.7}],
+        phantom=False,
+    )
+
+
+def render(folder: Path, metrics: dict[str, Any], exhibits: report.Exhibits) -> tuple[str, Outline]:
+    record = RunRecord("evaluate", {"encoder": "tiny", "neighbours": 5, "seed": 0, "bootstrap_samples": 200})
+    report.write(folder, metrics, exhibits, record)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    return page, Outline(page)
+
+
+@pytest.fixture
+def metrics() -> dict[str, Any]:
+    return example_metrics()
+
+
+@pytest.fixture
+def exhibits() -> report.Exhibits:
+    return example_exhibits()
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Outline]:
+    folder = tmp_path_factory.mktemp("report")
+    return folder, *render(folder, example_metrics(), example_exhibits())
+
+
+def without(metrics: dict[str, Any], exhibits: report.Exhibits) -> tuple[dict[str, Any], report.Exhibits]:
+    """The same evaluation without control, best of N, reward model and grader."""
+    sets = {name: metrics["metrics"][name] for name in ("before", "after", "real")}
+    absent = dict.fromkeys(("mean_reward", "mean_reward_ci", "grader_share", "grader_share_ci", "grader_judge_kappa"))
+    sets = {name: values | absent for name, values in sets.items()} | {"control": None, "best_of_n": None}
+    less = metrics | {"metrics": sets, "reward": {}, "gain_over_control": None, "gain_over_control_ci": None}
+    kept = {name: exhibits.sets[name] for name in ("before", "after", "real")}
+    return less, report.Exhibits(kept, exhibits.verdicts, {}, exhibits.train, exhibits.closest, [], phantom=True)
+
+
+def test_the_report_is_one_file_that_asks_for_nothing_from_elsewhere(rendered):
+    _, page, outline = rendered
+    addresses = re.findall(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]{2,}[^\s\"']*", re.sub(r"base64,[^\"]+", "", page))
+    assert [address for address in addresses if "www.w3.org" not in address] == []
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in outline.tags}
+    sources = [attrs.get("src") or attrs.get("srcset") or "" for tag, attrs in outline.tags if tag in ("img", "source")]
+    assert len(sources) > 30 and all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_the_report_can_be_read_aloud(rendered):
+    *_, outline = rendered
+    assert all(attrs.get("alt") for tag, attrs in outline.tags if tag == "img")
+    headings = [int(tag[1]) for tag, _ in outline.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert headings[0] == 1 and headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(headings))
+    tags = [tag for tag, _ in outline.tags]
+    assert tags.count("table") == tags.count("caption") == 5
+    assert all(attrs.get("scope") in ("row", "col") for tag, attrs in outline.tags if tag == "th")
+    assert dict(outline.tags[0][1])["lang"] == "en"
+
+
+def test_the_pictures_come_first_then_the_tables_then_the_method(rendered):
+    *_, outline = rendered
+    ids = [attrs["id"] for tag, attrs in outline.tags if tag == "h2"]
+    assert ids == ["pictures", "shares", "metrics", "worse", "classes", "extremes", "copies", "reward", "method"]
+
+
+def test_every_figure_is_shown_with_its_interval_and_number_of_images(rendered):
+    *_, outline = rendered
+    text = " ".join(outline.text)
+    for expected in (
+        "70.0 % 65.0 to 75.0 n = 8",
+        "75.0 % 70.0 to 80.0 n = 6",
+        "75.0 % 70.0 to 80.0 n = 7",
+        "roc_auc 0.910",
+    ):
+        assert expected in text
+    assert "not measured" not in text
+    assert "▼ clear" in text and "✗ near-copy" in text and "✓ no near-copy" in text and "fails nucleus" in text
+    assert text.count(DISCLAIMER) == 2 and "phantom" not in text
+
+
+def test_class_names_are_escaped(rendered):
+    _, page, outline = rendered
+    assert "<neutrophil>" not in page and any("band <neutrophil>" in text for text in outline.text)
+
+
+def test_what_was_not_given_is_called_not_measured_and_a_phantom_a_phantom(tmp_path, metrics, exhibits):
+    _, outline = render(tmp_path, *without(metrics, exhibits))
+    cells = [text for text in outline.text if text == "not measured"]
+    assert len(cells) >= 2 * len(report.ROWS)  # control and best of N
+    text = " ".join(outline.text)
+    assert (
+        "Rewards: not measured." in text and "held-out feedback; larger points hold more images — not measured" in text
+    )
+    assert "are a phantom : drawn by a program" in text
+    assert not (tmp_path / "figures/rewards.png").exists()
+
+
+def test_reward_hacking_is_the_first_line(tmp_path, metrics, exhibits):
+    metrics |= {"reward_hacking": True, "plausible_gain": -0.2, "plausible_gain_ci": [-0.3, -0.1]}
+    metrics["metrics"]["after"]["plausible_share"] = 0.3
+    page, outline = render(tmp_path, metrics, exhibits)
+    expected = (
+        "Reward hacking: the mean reward rose from 0.400 to 0.600, while the independent judge's plausible share fell"
+    )
+    assert outline.text[0].startswith(expected)
+    assert report.summary_table(metrics).startswith(expected)
+    assert "<title>Reward hacking: " in page
+
+
+def test_without_hacking_the_first_line_is_no_alarm(rendered, metrics):
+    *_, outline = rendered
+    assert outline.text[0] == "Alignment report: before and after"
+    assert "Reward hacking:" not in report.summary_table(metrics)
+
+
+def test_the_plain_table_has_a_column_for_each_set_and_fits_a_terminal(metrics, exhibits):
+    table = report.summary_table(metrics).splitlines()
+    assert table[0].split() == ["Before", "After", "Control", "Best", "of", "N", "Real"]
+    assert table[2].split() == ["Plausible", "(judge)", "50.0", "%", "70.0", "%", "55.0", "%", "60.0", "%", "90.0", "%"]
+    assert max(len(line) for line in table[: 2 + len(report.ROWS)]) <= 80
+    less = report.summary_table(without(metrics, exhibits)[0]).splitlines()
+    assert less[2].split() == ["Plausible", "(judge)", "50.0", "%", "70.0", "%", "-", "-", "90.0", "%"]
+
+
+def test_the_headline_says_when_there_is_no_gap_or_no_interval(metrics):
+    assert "closed: 50.0 % (95 % interval 30.0 to 70.0 %)" in report.headline(metrics)
+    assert "too small for an interval" in report.headline(metrics | {"gap_closed_ci": None})
+    assert "no gap to close" in report.headline(metrics | {"gap_closed": None, "gap_closed_ci": None})
+
+
+def test_figures_are_also_files_and_drawn_at_twice_the_screens_resolution(rendered):
+    folder, *_ = rendered
+    names = {path.name for path in (folder / "figures").iterdir()}
+    charts = {"plausible_share", "per_class", "rewards", "calibration"}
+    sheets = {"samples_before.png", "samples_after.png", "closest_training_pairs.png"}
+    assert names == {f"{name}.{ending}" for name in charts for ending in ("png", "svg")} | sheets
+    with Image.open(folder / "figures/rewards.png") as image:
+        assert image.size == (1000, 640)
+
+
+def test_the_training_image_of_a_pair_is_turned_as_it_was_found(exhibits):
+    flipped = exhibits.train.images[1].flip(-1)
+    expected = torch.rot90(flipped, 1, (-2, -1))  # orientation 5: flipped, then one quarter turn
+    assert torch.equal(report.nearest_training(exhibits)[0], expected)
