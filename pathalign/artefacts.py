@@ -6,8 +6,10 @@ run leaves behind has a name that nothing loads, and the same command finds its 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pathalign.schema import InputError
+
+FULL_DISK_BYTES = 2**20
 
 
 def partial_dir(output_dir: Path) -> Path:
@@ -27,17 +31,23 @@ def artefact(output_dir: str | Path, *, scratch: tuple[str, ...] = ("checkpoints
     """Make an artefact atomically: yields a working folder that becomes `output_dir` when the block ends well.
 
     The working folder survives an interruption, so a stage looks in it for its checkpoints first. An earlier artefact
-    of the same name is replaced only at the end.
+    of the same name is replaced only at the end. Of several processes (`accelerate launch`) the first one does this.
 
     Args:
         output_dir: Where the finished artefact shall stand.
         scratch: Names inside the working folder that are removed before the artefact is shown.
 
     Raises:
-        InputError: If the place cannot be written to.
+        InputError: If the place cannot be written to, or holds something that is no artefact.
     """
     output_dir = Path(output_dir).absolute()
     working = partial_dir(output_dir)
+    if os.environ.get("RANK", "0") != "0":
+        working.mkdir(parents=True, exist_ok=True)
+        yield working
+        return
+    if output_dir.exists() and not _replaceable(output_dir):
+        raise InputError(f"{output_dir} holds files that pathalign did not make. Choose another output folder.")
     try:
         working.mkdir(parents=True, exist_ok=True)
         probe = working / ".writable"
@@ -47,8 +57,9 @@ def artefact(output_dir: str | Path, *, scratch: tuple[str, ...] = ("checkpoints
         raise InputError(f"Cannot write to {output_dir}: {error.strerror}. Choose another output folder.") from error
     try:
         yield working
-    except OSError as error:
-        if error.errno == 28:
+    except Exception as error:
+        # Libraries that write tensors turn the system's error into one of their own: the disk itself is asked too.
+        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(working).free < FULL_DISK_BYTES:
             raise InputError(
                 f"The disk of {output_dir} is full. Free some space and run the same command again."
             ) from error
@@ -65,6 +76,11 @@ def artefact(output_dir: str | Path, *, scratch: tuple[str, ...] = ("checkpoints
         working.rename(output_dir)
 
 
+def _replaceable(output_dir: Path) -> bool:
+    """Whether nothing but an artefact, or an empty folder, stands here."""
+    return output_dir.is_dir() and ((output_dir / "run.json").is_file() or not any(output_dir.iterdir()))
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace one file whole: readers see the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -75,12 +91,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def fingerprint(value: Any) -> str:
     """Hash of a JSON-like value, or of all file contents below a folder. 16 hex digits.
 
-    `run.json` is left out of a folder's hash: it holds times, which differ between equal runs.
+    `run.json` and the card are left out of a folder's hash: they hold times, which differ between equal runs.
     """
     digest = hashlib.sha256()
     if isinstance(value, Path):
         for path in sorted(value.rglob("*")) if value.is_dir() else [value]:
-            if path.is_file() and path.name != "run.json":
+            if path.is_file() and path.name not in ("run.json", "README.md"):
                 digest.update(str(path.relative_to(value)).encode() + b"\0" + path.read_bytes())
     else:
         digest.update(json.dumps(value, sort_keys=True, default=str).encode())

@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import Tensor
 
 from pathalign.artefacts import artefact, fingerprint
@@ -29,7 +29,7 @@ SCHEDULERS = {
     "euler": diffusers.EulerDiscreteScheduler,
     "unipc": diffusers.UniPCMultistepScheduler,
 }
-SEEDS_PER_ATTEMPT = 2**40  # beyond every seed that images are drawn with
+SEEDS_PER_ATTEMPT = 2**24  # a generator on the CPU heeds the lowest 32 bits of its seed only
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load_pipeline(path_or_repo_id: str, revision: str | None = None) -> ClassCon
             "Check the path or Hub id, and your connection."
         ) from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(Accelerator().device)
+    return pipeline.to(PartialState().device)
 
 
 def set_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
@@ -107,6 +107,8 @@ def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
     inputs = {"model": _revision(config.model, config.revision)}
     if config.adapter is not None:
         inputs["adapter"] = _revision(config.adapter, None)
+    if config.reward_model is not None:
+        inputs["reward_model"] = _revision(config.reward_model, None)
     with artefact(output_dir) as folder:
         sampling = Sampling(
             config.inference_steps, config.guidance_scale, config.batch_size, config.seed, config.best_of

@@ -111,12 +111,16 @@ class ImageSet:
         """Read what `save` wrote, from a folder or a Hub dataset repo.
 
         Raises:
-            InputError: If there is no such folder, repo or split, or it lacks the columns `image` and `label`.
+            InputError: If there is no such folder, repo or split, it is damaged, or it lacks the columns `image` and
+                `label`.
         """
         import pyarrow.parquet
 
-        path = _split_file(str(path_or_repo_id), split, revision)
-        table = pyarrow.parquet.read_table(path)
+        path = dataset_file(path_or_repo_id, f"data/{split}-00000-of-00001.parquet", revision)
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{path} cannot be read as parquet ({error}); fetch it again or make it anew.") from error
         missing = {"image", "image_id", "label"} - set(table.column_names)
         if missing:
             raise InputError(
@@ -139,23 +143,27 @@ class ImageSet:
         )
 
 
-def _split_file(path_or_repo_id: str, split: str, revision: str | None) -> Path:
-    name = f"data/{split}-00000-of-00001.parquet"
+def dataset_file(path_or_repo_id: str | Path, name: str, revision: str | None = None) -> Path:
+    """One file of a dataset: below a folder, or downloaded from a Hub dataset repo.
+
+    Raises:
+        InputError: If there is no such folder, repo or file.
+    """
     folder = Path(path_or_repo_id)
     if folder.is_dir():
         if not (folder / name).is_file():
             found = sorted(path.name.split("-0")[0] for path in (folder / "data").glob("*.parquet"))
-            raise InputError(f"{folder} has no split {split!r}; it has {found or 'no parquet files below data/'}.")
+            raise InputError(f"{folder} has no {name}; its splits are {found or 'none'}.")
         return folder / name
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(path_or_repo_id, name, repo_type="dataset", revision=revision))
+        return Path(hf_hub_download(str(path_or_repo_id), name, repo_type="dataset", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise InputError(
-            f"{path_or_repo_id!r} is no folder here, and as a Hub dataset it cannot be read ({type(error).__name__}). "
-            "Check the spelling, or your login and connection."
+            f"{str(path_or_repo_id)!r} is no folder here, and as a Hub dataset it cannot be read "
+            f"({type(error).__name__}). Check the spelling, or your login and connection."
         ) from error
 
 

@@ -57,7 +57,7 @@ class Rubric:
         """Read a checklist from a YAML file, or a preset of `pathalign/grading/rubrics` by its name.
 
         Raises:
-            InputError: If there is no such file or preset, or a key is missing.
+            InputError: If there is no such file or preset, it is not YAML, or a key is missing.
         """
         path = Path(name_or_path)
         if not path.is_file():
@@ -65,7 +65,10 @@ class Rubric:
         if not path.is_file():
             presets = sorted(preset.stem for preset in RUBRIC_DIR.glob("*.yaml"))
             raise InputError(f"No checklist {str(name_or_path)!r}: give a YAML file, or one of {presets}.")
-        content = yaml.safe_load(path.read_text())
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"The checklist {path} is not valid YAML: {error}") from error
         try:
             criteria = tuple(
                 Criterion(

@@ -38,6 +38,18 @@ def tiny_images() -> ImageSet:
     return ImageSet.build(images, class_ids, ("a", "b", "c"))
 
 
+@pytest.fixture
+def tiny_pipeline(tiny_images: ImageSet) -> Any:
+    """An untrained pipeline for images like `tiny_images`, the same each time."""
+    from pathalign.settings.pretrain import PretrainConfig
+    from pathalign.trainers.pretrain import new_pipeline
+
+    config = PretrainConfig(block_out_channels=[8, 16], attention_levels=[1])
+    pipeline = new_pipeline(config, tiny_images.image_size_px, tiny_images.class_names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.accelerator.is_available():
         pytest.skip("no accelerator")

@@ -27,7 +27,7 @@ from pathalign.schema import DISCLAIMER
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = PROJECT / "pathalign"
 STAGES = """
-schema config settings artefacts progress images cards near_duplicates augment phantom sources data
+schema config settings artefacts progress randomness images cards near_duplicates augment phantom sources data
 diffusion reward generate grading grades agreement feedback trainers evaluate stages workflow __init__ cli
 """.split()
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 80

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, ViTConfig, V
 from pathalign.artefacts import partial_dir
 from pathalign.config import ConfigError
 from pathalign.images import ImageSet, to_pixel_values
+from pathalign.randomness import seeded
 from pathalign.reward import RewardImageProcessor, RewardModel, RewardModelConfig, load_encoder
 from pathalign.reward.calibration import (
     evaluation,
@@ -31,7 +32,7 @@ from pathalign.reward.calibration import (
 )
 from pathalign.reward.encoders import encoder_spec
 from pathalign.reward.modeling_reward import reward_loss
-from pathalign.reward.pairs import TrainingPairs, augment, real_pairs, seeded
+from pathalign.reward.pairs import TrainingPairs, augment, real_pairs
 from pathalign.schema import InputError
 from pathalign.settings.reward import RewardConfig
 from pathalign.trainers import reward as reward_trainer

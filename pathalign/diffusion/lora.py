@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
+from pathalign.artefacts import write_atomically
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
 from pathalign.schema import InputError
 
@@ -55,12 +57,23 @@ def restore(unet: UNet2DConditionModel, weights: dict[str, torch.Tensor]) -> Non
 
 
 def save(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Write the adapter in diffusers' format, for `load_lora_weights`."""
+    """Write the adapter in diffusers' format, for `load_lora_weights`; equal adapters give equal bytes."""
+    metadata = unet.peft_config[ADAPTER_NAME].to_dict()
     ClassConditionalPipeline.save_lora_weights(
         folder,
         unet_lora_layers={name: tensor.contiguous() for name, tensor in state(unet).items()},
-        unet_lora_adapter_metadata=unet.peft_config[ADAPTER_NAME].to_dict(),
+        unet_lora_adapter_metadata={**metadata, "target_modules": sorted(metadata["target_modules"])},
     )
+    _sort_header(folder / WEIGHTS_NAME)
+
+
+def _sort_header(path: Path) -> None:
+    """Sort the header of a safetensors file: its writer puts metadata in random order (safetensors 0.6)."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:start]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    write_atomically(path, len(header).to_bytes(8, "little") + header + content[start:])
 
 
 def load(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sklearn.covariance import LedoitWolf
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from pathalign.settings.graders import GraderConfig
 
 BATCH_SIZE = 250
 PASS_PROBABILITY = 0.5
+SMALLEST_SIZE_PX = 32  # below it the last stage is one pixel, which has no deviation
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,18 @@ class SimulatedGrader(nn.Module, PyTorchModelHubMixin):
         """Read a grader made by `fit`, in evaluation mode.
 
         Raises:
-            InputError: If the folder holds none.
+            InputError: If the folder holds none, or one whose files do not fit each other.
         """
         if not (Path(folder) / "model.safetensors").is_file():
             raise InputError(f"{folder} holds no simulated grader; make one with `pathalign grade fit`.")
-        grader = cls.from_pretrained(str(folder))
-        grader.load_state_dict(load_file(Path(folder) / "model.safetensors"))  # strictly: the mixin only warns
+        try:
+            grader = cls.from_pretrained(str(folder))
+            grader.load_state_dict(load_file(Path(folder) / "model.safetensors"))  # strictly: the mixin only warns
+        except (RuntimeError, TypeError, SafetensorError) as error:
+            raise InputError(
+                f"{folder} holds a damaged simulated grader, whose config.json and weights do not fit each other; "
+                "make it again with `pathalign grade fit`."
+            ) from error
         return grader.eval()
 
     def features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,15 +174,13 @@ class SimulatedGrader(nn.Module, PyTorchModelHubMixin):
         class_logits, attribute_logits, pooled = self(pixel_values)
         columns = [class_logits.softmax(1).gather(1, class_ids[:, None])[:, 0]]
         for criterion in self.rubric_criteria:
-            if criterion.attribute is None:
-                raise InputError(f"Criterion {criterion.name!r} has no attribute, so that it cannot be simulated.")
-            shares = attribute_logits[criterion.attribute].softmax(1)
+            shares = attribute_logits[str(criterion.attribute)].softmax(1)
             allowed = self._allowed(criterion).to(shares)
             columns.append((shares * allowed[class_ids]).sum(dim=1))
         excess = (self.distances(pooled, class_ids) - self.typical_distance) / self.distance_spread
         columns.append(torch.sigmoid(-excess))
         columns.append(torch.sigmoid(self.structure(pooled) - self.structure_limit))
-        return torch.stack(columns, dim=1)
+        return torch.stack(columns, dim=1).clamp(0, 1)  # sums of shares exceed 1 by rounding
 
     def _allowed(self, criterion: Criterion) -> Tensor:
         values = self.attributes[str(criterion.attribute)]
@@ -213,12 +219,18 @@ def fit(config: GraderConfig, output_dir: str | Path) -> RunRecord:
     """Fit a simulated grader on split `<role>` and calibrate typicality on `<role>_validation`.
 
     Raises:
-        InputError: If a split or an attribute column of the checklist is missing.
+        InputError: If a split or an attribute column of the checklist is missing, or a criterion names no attribute.
     """
     train = ImageSet.load(config.data, config.role)
     held_out = ImageSet.load(config.data, f"{config.role}_validation")
     rubric = Rubric.load(config.rubric)
-    names = sorted({str(criterion.attribute) for criterion in rubric.criteria if criterion.attribute})
+    unbound = [criterion.name for criterion in rubric.criteria if criterion.attribute is None]
+    if unbound:
+        raise InputError(
+            f"The criteria {unbound} of the checklist {rubric.name!r} have no `attribute`, so that they cannot be "
+            "simulated; name the column of the data that each is about, or use another `rubric`."
+        )
+    names = sorted({str(criterion.attribute) for criterion in rubric.criteria})
     missing = [name for name in names if name not in train.columns]
     if missing:
         raise InputError(
@@ -234,7 +246,7 @@ def fit(config: GraderConfig, output_dir: str | Path) -> RunRecord:
                 attributes=attributes,
                 criteria=[asdict(criterion) for criterion in rubric.criteria],
                 architecture=config.architecture,
-                image_size_px=train.image_size_px,
+                image_size_px=max(SMALLEST_SIZE_PX, train.image_size_px),
                 rubric_version=f"{rubric.name} {rubric.version}",
             )
         _train(grader, train, config)

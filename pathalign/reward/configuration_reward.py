@@ -25,6 +25,7 @@ class RewardModelConfig(PretrainedConfig):
         class_embedding_size: Dimensions of the class embedding.
         hidden_size: Units of the head's hidden layer.
         criteria_weight: Weight of the criteria in the loss.
+        grading: Who gave the grades: fields of `cards.Grading`, None if not known.
         temperature: Logits are divided by it before the sigmoid; fitted on validation images.
     """
 
@@ -43,4 +44,5 @@ class RewardModelConfig(PretrainedConfig):
     class_embedding_size: int = 32
     hidden_size: int = 128
     criteria_weight: float = 0.3
+    grading: dict[str, Any] | None = None
     temperature: float = 1.0

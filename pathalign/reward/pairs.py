@@ -10,23 +10,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from pathalign.augment import random_exposure, random_orientations
 from pathalign.images import ImageSet, to_pixel_values
+from pathalign.randomness import seeded
 from pathalign.reward.image_processing_reward import resize
 
 Augmentation = Literal["full", "flips_rotations", "none"]
 Row = dict[str, Tensor]
-
-
-def seeded(*entropy: int) -> torch.Generator:
-    """A CPU generator for a tuple of non-negative numbers; different tuples give unrelated streams."""
-    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
 
 
 def real_pairs(class_ids: Tensor, num_classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

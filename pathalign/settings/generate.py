@@ -18,11 +18,13 @@ class GenerateConfig(StageConfig):
     adapter_scale: float = option(1.0, "Strength of the adapter: 0 is the base model.")
     classes: list[str] = option([], "Class names to sample; all if empty.")
     images_per_class: int = option(100, "Images of each class.", minimum=1)
-    inference_steps: int = option(12, "Denoising steps.", minimum=1)
+    inference_steps: int = option(10, "Denoising steps.", minimum=1)
     guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is none.", minimum=0.0)
     scheduler: Literal["dpmsolver++", "ddim", "ddpm", "euler", "unipc"] = option("dpmsolver++", "Sampler.")
     batch_size: int = option(50, "Images sampled at once; it never changes an image.", minimum=1)
-    best_of: int = option(1, "Draw this many images for each one kept, the one of the highest reward.", minimum=1)
+    best_of: int = option(
+        1, "Draw this many images for each one kept, the one of the highest reward.", minimum=1, maximum=256
+    )
     reward_model: str | None = option(None, "Reward model that `best_of` chooses by: a folder or Hub id.")
     seed: int = option(0, "Seed of the first image; image i has seed `seed + i`.", minimum=0)
 

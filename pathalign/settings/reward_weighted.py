@@ -17,11 +17,11 @@ class RewardWeightedConfig(StageConfig):
     base_revision: str | None = option(None, "Hub revision of `base_model`.")
     reward_model: str = option("runs/reward", "Reward model: a folder or Hub id.")
     data: str = option("runs/data", "Real images (split `train`) for the real term: a folder or Hub dataset.")
-    weighting: Literal["contrastive", "advantage", "reward", "normalized", "exponential", "top_share"] = option(
-        "contrastive",
+    weighting: Literal["advantage", "contrastive", "reward", "normalized", "exponential", "top_share"] = option(
+        "advantage",
         "How rewards weight the denoising loss: `reward` as in the paper, `normalized` to mean 1 within a class, "
-        "`exponential` of reward over `temperature`, `top_share` of each class, `advantage` over the class's mean, or "
-        "`contrastive`: towards plausible images and away from implausible ones.",
+        "`exponential` of reward over `temperature`, `top_share` of each class, `advantage` over the class's mean "
+        "(worse images push away), or `contrastive`: the same, held near the model that drew the images.",
     )
     temperature: float = option(0.2, "Of `exponential`, in units of reward.", minimum=1e-3)
     top_share: float = option(0.35, "Share of each class that `top_share` keeps.", minimum=0.01, maximum=1.0)
@@ -33,13 +33,13 @@ class RewardWeightedConfig(StageConfig):
     beta: float = option(0.3, "Weight of the denoising loss on real images.", minimum=0.0)
     rounds: int = option(3, "Times that images are drawn with the current adapter, scored and trained on.", minimum=1)
     images_per_class: int = option(80, "Images of each class drawn in a round.", minimum=2)
-    inference_steps: int = option(12, "Denoising steps of these images.", minimum=1)
+    inference_steps: int = option(10, "Denoising steps of these images.", minimum=1)
     guidance_scale: float = option(1.0, "Classifier-free guidance of these images; 1 is none.", minimum=0.0)
     scheduler: Literal["dpmsolver++", "ddim", "ddpm", "euler", "unipc"] = option(
         "dpmsolver++", "Sampler of these images."
     )
     sample_batch_size: int = option(50, "Images sampled at once, per device.", minimum=1)
-    steps_per_round: int = option(60, "Optimizer steps in a round.", minimum=1)
+    steps_per_round: int = option(80, "Optimizer steps in a round.", minimum=1)
     batch_size: int = option(32, "Synthetic images in a batch, per device.", minimum=1)
     real_batch_size: int = option(16, "Real images in a batch, per device.", minimum=0)
     learning_rate: float = option(

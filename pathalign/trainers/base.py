@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from pathalign.artefacts import write_atomically
@@ -17,17 +18,6 @@ from pathalign.progress import say
 from pathalign.schema import InputError
 
 CHECKPOINT = re.compile(r"step-(\d+)\.pt")
-
-
-def step_generator(seed: int, *position: int) -> torch.Generator:
-    """A generator for one position in a run (a step, a round and an image, ...), on the CPU.
-
-    No state has to be saved for an exact resume, and every process can draw the whole global batch and take its part.
-    """
-    mixed = seed & 0xFFFFFFFF
-    for number in position:
-        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) & 0x7FFFFFFFFFFFFFFF
-    return torch.Generator().manual_seed(mixed)
 
 
 def cosine_rate(step: int, steps: int, warmup_steps: int) -> float:
@@ -106,7 +96,7 @@ class RunFolder:
                 say(f"Going on at step {state['step']}.")
                 self._truncate_log(state["step"])
                 return dict(state)
-        self._truncate_log(0)
+        self._truncate_log(-1)
         return None
 
     def close(self) -> None:
@@ -130,4 +120,5 @@ class RunFolder:
 
 def accelerator_for(mixed_precision: str, trackers: list[str], folder: Path) -> Accelerator:
     """An Accelerator that logs below `folder`; the device is the GPU where there is one."""
+    AcceleratorState._reset_state()  # an earlier stage in this process may have had another precision
     return Accelerator(mixed_precision=mixed_precision, log_with=trackers or None, project_dir=str(folder / "trackers"))

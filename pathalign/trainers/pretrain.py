@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,17 @@ from pathalign.augment import random_orientations
 from pathalign.cards import write_card
 from pathalign.diffusion.conditioning import ClassConditioning
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
+from pathalign.generate import load_pipeline
 from pathalign.images import ImageSet, contact_sheet, to_images
 from pathalign.progress import Progress, say
+from pathalign.randomness import seeded
 from pathalign.schema import InputError, RunRecord, peak_rss_mb
 from pathalign.settings.pretrain import PretrainConfig
-from pathalign.trainers.base import RunFolder, accelerator_for, cosine_rate, require_finite, step_generator
+from pathalign.trainers.base import RunFolder, accelerator_for, cosine_rate, require_finite
 
 TRAIN_TIMESTEPS = 1000
 VALIDATION_BATCH = 100
+TRAINING, VALIDATION = 0, 1  # streams of random numbers
 
 
 def denoising_loss(
@@ -75,7 +79,7 @@ def build_unet(config: PretrainConfig, image_size_px: int, num_classes: int) -> 
         up_block_types=tuple("AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)),
         mid_block_type="UNetMidBlock2D",
         num_class_embeds=num_classes + 1,
-        attention_head_dim=32,
+        attention_head_dim=min(32, *config.block_out_channels),  # a wider head than its level has would be no head
         norm_num_groups=math.gcd(*config.block_out_channels) // 2,
         cross_attention_dim=1,  # nothing attends to text
     )
@@ -85,14 +89,14 @@ def new_pipeline(config: PretrainConfig, image_size_px: int, class_names: tuple[
     """An untrained pipeline, or `initial_model` to train on.
 
     Raises:
-        InputError: If `initial_model` has other classes or another image size.
+        InputError: If `initial_model` cannot be loaded, or has other classes or another image size.
     """
     if config.initial_model is not None:
-        pipeline = ClassConditionalPipeline.from_pretrained(config.initial_model)
+        pipeline = load_pipeline(config.initial_model)
         if pipeline.class_names != list(class_names) or pipeline.unet.config.sample_size != image_size_px:
             raise InputError(
-                f"{config.initial_model} draws {pipeline.class_names} at {pipeline.unet.config.sample_size} px, but the data "
-                f"has {list(class_names)} at {image_size_px} px; use data prepared with the same classes and size."
+                f"{config.initial_model} draws {pipeline.class_names} at {pipeline.unet.config.sample_size} px, but "
+                f"the data has {list(class_names)} at {image_size_px} px; use data with the same classes and size."
             )
         return pipeline
     with torch.random.fork_rng(devices=[]):
@@ -160,7 +164,7 @@ class PretrainTrainer:
                 loss = self.step(step)
                 done = step + 1
                 if done % self.config.validate_every_steps == 0 or done == self.config.steps:
-                    self.validate(done, loss)
+                    self.validate(done, train_loss=loss, learning_rate=self.optimizer.param_groups[0]["lr"])
                 if self.config.sample_every_steps and done % self.config.sample_every_steps == 0:
                     self.sample(self.folder / "samples" / f"step-{done:07d}.png")
                 if done % self.config.checkpoint_every_steps == 0 and done < self.config.steps:
@@ -176,10 +180,10 @@ class PretrainTrainer:
         total = 0.0
         for micro in range(self.config.gradient_accumulation_steps):
             last = micro == self.config.gradient_accumulation_steps - 1
-            with self.accelerator.autocast():
-                loss = self.loss(*self.batch(step, micro))
-            require_finite(loss, step, rate)
-            with self.accelerator.no_sync(self.unet) if not last else torch.enable_grad():
+            with nullcontext() if last else self.accelerator.no_sync(self.unet):
+                with self.accelerator.autocast():
+                    loss = self.loss(*self.batch(step, micro))
+                require_finite(loss, step, rate)
                 self.accelerator.backward(loss / self.config.gradient_accumulation_steps)
             total += loss.item() / self.config.gradient_accumulation_steps
         self.accelerator.clip_grad_norm_(self.unet.parameters(), 1.0)
@@ -191,7 +195,7 @@ class PretrainTrainer:
     def batch(self, step: int, micro: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This process's part of a global batch: images, class ids (some dropped), noise and timesteps."""
         config, processes = self.config, self.accelerator.num_processes
-        generator = step_generator(config.seed, step, micro)
+        generator = seeded(config.seed, TRAINING, step, micro)
         count = config.batch_size * processes
         index = torch.randint(0, len(self.train_set), (count,), generator=generator)
         images = self.pixel_values[index]
@@ -212,9 +216,9 @@ class PretrainTrainer:
         return denoising_loss(self.unet, self.pipeline.scheduler, images, conditions, noise, timesteps).mean()
 
     @torch.no_grad()
-    def validate(self, step: int, train_loss: float) -> None:
-        """Loss of the averaged weights on held-out images with fixed noise; remember the best."""
-        generator = step_generator(self.config.seed, -1)
+    def validate(self, step: int, **figures: float) -> None:
+        """Loss of the averaged weights on held-out images with fixed noise; remember the best and log `figures`."""
+        generator = seeded(self.config.seed, VALIDATION)
         images = self.validation_set.pixel_values()
         noise = torch.randn(images.shape, generator=generator)
         timesteps = torch.randperm(TRAIN_TIMESTEPS, generator=generator)[torch.arange(len(images)) % TRAIN_TIMESTEPS]
@@ -228,13 +232,12 @@ class PretrainTrainer:
             )
         ]
         loss = float(sum(losses)) / len(images)
+        require_finite(torch.tensor(loss), step, self.config.learning_rate)
         if loss < self.best["loss"]:
             weights = [parameter.detach().cpu().clone() for parameter in self.pipeline.unet.parameters()]
             self.best = {"loss": loss, "step": step, "weights": weights}
         self.ema.restore(self.pipeline.unet.parameters())
-        self.run.log(
-            step, train_loss=train_loss, validation_loss=loss, learning_rate=self.optimizer.param_groups[0]["lr"]
-        )
+        self.run.log(step, validation_loss=loss, **figures)
 
     def sample(self, path: Path) -> None:
         """A sheet of eight images of each class by the averaged weights, the same seeds every time."""
@@ -267,7 +270,7 @@ class PretrainTrainer:
         state = self.run.load()
         if state is None:
             if self.config.initial_model is not None:
-                self.validate(0, float("nan"))
+                self.validate(0)
             return 0
         self.accelerator.unwrap_model(self.unet).load_state_dict(state["unet"])
         self.ema.load_state_dict(state["ema"])
@@ -303,7 +306,7 @@ class PretrainTrainer:
             self.sample(self.folder / "samples" / "final.png")
             self.accelerator.unwrap_model(self.unet)
             self.pipeline.save_pretrained(self.folder)
-            write_card(self.folder, "diffusion_base", record)
+            write_card(self.folder, "diffusion_base", record, class_names=self.pipeline.class_names)
             record.save(self.folder)
         self.run.close()
         self.accelerator.wait_for_everyone()

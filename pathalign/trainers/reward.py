@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -35,13 +34,14 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as transformers_logging
 
 from pathalign.artefacts import artefact, fingerprint, write_atomically
-from pathalign.images import ImageSet
+from pathalign.cards import Grading, write_card
+from pathalign.images import ImageSet, dataset_file
 from pathalign.progress import Progress, say
 from pathalign.reward import RewardModel, RewardModelConfig
 from pathalign.reward.calibration import evaluation, fit_temperature, negative_log_likelihood
 from pathalign.reward.encoders import CONVNET, encoder_spec
 from pathalign.reward.pairs import GradedImages, TrainingPairs, real_count, targets
-from pathalign.schema import InputError, RunRecord
+from pathalign.schema import InputError, RunRecord, peak_rss_mb
 from pathalign.settings.reward import RewardConfig
 
 COMPLETE = "complete"  # written into a checkpoint last, so that one without it is known to be half-written
@@ -58,6 +58,7 @@ class RewardInputs:
     test: ImageSet
     real: ImageSet
     criteria: list[str]
+    grading: Grading
     fingerprints: dict[str, str]
 
     @classmethod
@@ -78,10 +79,12 @@ class RewardInputs:
                 "Grade more images, or lower `min_graded`."
             )
         real = ImageSet.load(config.data, "train", config.data_revision)
+        agreement = dataset_file(config.feedback, "agreement.json", config.feedback_revision)
         return cls(
             **splits,
             real=with_class_names(real, train.class_names, config.data),
             criteria=[name[len(CRITERION) :] for name in sorted(train.columns) if name.startswith(CRITERION)],
+            grading=Grading.from_agreement(json.loads(agreement.read_text())),
             fingerprints={
                 "feedback": _input_fingerprint(config.feedback, config.feedback_revision),
                 "data": _input_fingerprint(config.data, config.data_revision),
@@ -128,8 +131,10 @@ def train_reward(config: RewardConfig, output_dir: Path) -> RunRecord:
             seeds={"seed": config.seed},
             metrics=report["overall"],
             wall_s=time.monotonic() - started,
-            peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_rss_mb=peak_rss_mb(),
         )
+        names = inputs.train.class_names
+        write_card(folder, "reward_model", record, report, grading=inputs.grading, class_names=names)
         record.save(folder)
     return record
 
@@ -152,6 +157,7 @@ def model_configuration(config: RewardConfig, inputs: RewardInputs) -> RewardMod
         image_std=list(spec.image_std),
         freeze_encoder=config.freeze_encoder,
         num_members=config.num_members,
+        grading=dataclasses.asdict(inputs.grading),
         criteria_weight=config.criteria_weight,
     )
 

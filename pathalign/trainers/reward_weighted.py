@@ -2,9 +2,9 @@
 
     loss = E_synthetic[ w(R(x, c)) * L_denoise ] + beta * E_real[ L_denoise ]
 
-Source: "Aligning Synthetic Medical Images with Clinical Knowledge using Human Feedback" (arXiv:2306.12438), where w is
-the reward itself. The `contrastive` form comes from DiffusionNFT (arXiv:2509.16117): a share r of an image pulls the model
-towards it, and a share 1 - r pushes the model away from it, both relative to the model that drew it.
+Source: "Aligning Synthetic Medical Images with Clinical Knowledge using Human Feedback" (arXiv:2306.12438), where w
+is the reward itself. The `contrastive` form comes from DiffusionNFT (arXiv:2509.16117): a share r of an image pulls the
+model towards it, and a share 1 - r pushes the model away from it, both relative to the model that drew it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ from torch import Tensor
 
 from pathalign.artefacts import artefact, fingerprint
 from pathalign.augment import random_orientations
+from pathalign.cards import Grading, write_card
 from pathalign.diffusion import lora
 from pathalign.diffusion.conditioning import ClassConditioning
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
 from pathalign.generate import Sampling, draw, load_pipeline, scratch_dir, set_scheduler
 from pathalign.images import ImageSet, to_pixel_values
 from pathalign.progress import Progress, say
+from pathalign.randomness import seeded
 from pathalign.reward import RewardModel
 from pathalign.schema import InputError, RunRecord, peak_rss_mb
 from pathalign.settings.reward_weighted import RewardWeightedConfig
-from pathalign.trainers.base import RunFolder, accelerator_for, cosine_rate, require_finite, step_generator
+from pathalign.trainers.base import RunFolder, accelerator_for, cosine_rate, require_finite
 
-SEEDS_PER_ROUND = 2**32  # beyond the seeds of candidate sets
+ADAPTER, TRAINING = 0, 1  # streams of random numbers
+FIRST_SEED, SEEDS_PER_ROUND = 2**31, 2**16  # beyond the seeds of candidate sets; torch uses 32 bits of a seed
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def reward_weights(rewards: Tensor, class_ids: Tensor, config: RewardWeightedCon
     advantage = (rewards - mean) / spread.clamp_min(1e-3)
     if config.weighting == "advantage":
         return advantage
-    return (0.5 + 0.5 * advantage).clamp(0, 1)
+    # Not clipped: that would push away from a class as a whole.
+    return 0.5 + 0.5 * advantage / advantage.abs().max().clamp_min(1e-6)
 
 
 def contrastive_loss(
@@ -130,6 +134,17 @@ def align(config: RewardWeightedConfig, output_dir: str | Path) -> RunRecord:
             f"{config.data} has the classes {list(real.class_names)}, {config.base_model} has {pipeline.class_names}; "
             "use the data that the base model was trained on."
         )
+    if real.image_size_px != pipeline.unet.config.sample_size:
+        raise InputError(
+            f"{config.data} has images of {real.image_size_px} px, {config.base_model} draws "
+            f"{pipeline.unet.config.sample_size} px; use the data that the base model was trained on."
+        )
+    unknown = sorted(set(pipeline.class_names) - set(reward_model.config.class_names))
+    if unknown:
+        raise InputError(
+            f"{config.reward_model} does not know the classes {unknown} of {config.base_model}; it was trained on "
+            f"{list(reward_model.config.class_names)}. Use a reward model trained on feedback about this base model."
+        )
     with artefact(output_dir) as folder:
         record = RewardWeightedTrainer(pipeline, reward_model, real, config, folder).train()
     return record
@@ -155,7 +170,7 @@ class RewardWeightedTrainer:
         set_scheduler(pipeline, config.scheduler)
         self.conditioning = ClassConditioning(pipeline)
         lora.attach(
-            pipeline.unet, config.lora_rank, config.lora_alpha, config.lora_convolutions, step_generator(config.seed, 0)
+            pipeline.unet, config.lora_rank, config.lora_alpha, config.lora_convolutions, seeded(config.seed, ADAPTER)
         )
         self.parameters = list(lora.parameters(pipeline.unet).values())
         optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -165,6 +180,7 @@ class RewardWeightedTrainer:
         self.real_pixel_values = real.pixel_values()
         inputs = {"base_model": config.base_model, "reward_model": config.reward_model}
         self.inputs = {name: fingerprint(Path(path)) if Path(path).is_dir() else path for name, path in inputs.items()}
+        self.inputs["data"] = fingerprint(list(real.image_ids))
         self.run = RunFolder(folder, self.accelerator, {**asdict(config), **self.inputs}, config.trackers)
         self.mean_rewards: list[float] = []
 
@@ -202,7 +218,7 @@ class RewardWeightedTrainer:
         config = self.config
         count = len(self.pipeline.class_names)
         class_ids = torch.arange(count).repeat(config.images_per_class)
-        first_seed = SEEDS_PER_ROUND * (number + 1) + config.seed * len(class_ids)
+        first_seed = FIRST_SEED + (config.seed * config.rounds + number) * SEEDS_PER_ROUND % FIRST_SEED
         sampling = Sampling(config.inference_steps, config.guidance_scale, config.sample_batch_size, first_seed)
         process = (self.accelerator.process_index, self.accelerator.num_processes)
         scratch = scratch_dir(self.folder, [asdict(config), self.inputs, number])
@@ -236,7 +252,7 @@ class RewardWeightedTrainer:
         rate = config.learning_rate * cosine_rate(step, config.rounds * config.steps_per_round, config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        generator = step_generator(config.seed, 1, step)
+        generator = seeded(config.seed, TRAINING, step)
         with self.accelerator.autocast():
             synthetic = self.synthetic_loss(batch, generator)
             real = self.real_loss(generator) if config.beta > 0 else torch.zeros((), device=self.device)
@@ -352,6 +368,14 @@ class RewardWeightedTrainer:
         )
         if self.accelerator.is_main_process:
             lora.save(self.accelerator.unwrap_model(self.unet), self.folder)
+            write_card(
+                self.folder,
+                "lora_adapter",
+                record,
+                grading=Grading(**(self.reward_model.config.grading or {"simulated": False})),
+                base_model=self.config.base_model,
+                class_names=self.pipeline.class_names,
+            )
             record.save(self.folder)
         self.run.close()
         self.accelerator.wait_for_everyone()
