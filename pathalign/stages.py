@@ -69,7 +69,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("pretrain", *_PRETRAIN, (Step("base", {"data": "data"}),)),
     Stage(
         "graders",
-        "pathalign.grading.simulated:fit",
+        "pathalign.grading.fitting:fit",
         "pathalign.settings.graders:GraderConfig",
         (
             Step("grader", {"data": "data"}, {"architecture": "resnet"}, {"role": "grader"}),

@@ -31,6 +31,7 @@ RECIPES = Path(__file__).parent / "recipes"
 # What `--minutes` scales, and the least that still is something.
 FLOORS = {
     "steps": 20,
+    "steps_per_round": 4,
     "warmup_steps": 1,
     "validate_every_steps": 10,
     "checkpoint_every_steps": 10,

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from pathalign import phantom
 from pathalign.data import prepare
 from pathalign.grading.corruptions import corrupt
-from pathalign.grading.simulated import SimulatedGrader, acceptance, class_ids_for, fit, grade
+from pathalign.grading.fitting import fit
+from pathalign.grading.simulated import SimulatedGrader, acceptance, class_ids_for, grade
 from pathalign.images import ImageSet
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.data import DataConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,11 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the pipeline, with this file as `pipeline.py` so that it loads where pathalign is not installed."""
         super().save_pretrained(save_directory, **kwargs)
+        for name in ("model_index.json", "unet/config.json"):  # where it was loaded from is a path of this machine
+            path = Path(save_directory) / name
+            config = json.loads(path.read_text())
+            config.pop("_name_or_path", None)
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         target = Path(save_directory) / "pipeline.py"
         target.write_text(Path(inspect.getfile(ClassConditionalPipeline)).read_text())
 

@@ -41,7 +41,7 @@ class RewardConfig(StageConfig):
         0.02, "Share of the way to 0.5 that training labels are moved.", minimum=0.0, maximum=0.5
     )
     epochs: int = option(
-        20, "Passes over the graded images; after each the model is validated and a checkpoint saved.", minimum=1
+        40, "Passes over the graded images; after each the model is validated and a checkpoint saved.", minimum=1
     )
     max_steps: int | None = option(None, "Optimizer steps, in place of `epochs`.", minimum=1)
     batch_size: int = option(64, "Images in a batch, per device.", minimum=4)

@@ -43,7 +43,7 @@ class RewardWeightedConfig(StageConfig):
     batch_size: int = option(32, "Synthetic images in a batch, per device.", minimum=1)
     real_batch_size: int = option(16, "Real images in a batch, per device.", minimum=0)
     learning_rate: float = option(
-        1e-3, "Peak learning rate of AdamW; warm-up, then cosine decay over all rounds.", minimum=0.0
+        2e-3, "Peak learning rate of AdamW; warm-up, then cosine decay over all rounds.", minimum=0.0
     )
     warmup_steps: int = option(5, "Steps of linear warm-up.", minimum=0)
     ema_decay: float = option(

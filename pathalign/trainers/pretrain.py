@@ -152,7 +152,9 @@ class PretrainTrainer:
             pipeline.unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.9, foreach=True
         )
         self.ema.to(self.device)
-        self.run = RunFolder(folder, self.accelerator, asdict(config), config.trackers, config.keep_checkpoints)
+        self.inputs = {"data": fingerprint([train.image_ids, validation.image_ids])}
+        identity = {**asdict(config), **self.inputs}
+        self.run = RunFolder(folder, self.accelerator, identity, config.trackers, config.keep_checkpoints)
         self.best: dict[str, Any] = {"loss": float("inf"), "step": 0, "weights": []}
 
     def train(self) -> RunRecord:
@@ -290,7 +292,7 @@ class PretrainTrainer:
         record = RunRecord(
             stage="pretrain",
             config=asdict(self.config),
-            inputs={"data": fingerprint(list(self.train_set.image_ids))},
+            inputs=self.inputs,
             seeds={"seed": self.config.seed},
             metrics={
                 "validation_loss": self.best["loss"],
