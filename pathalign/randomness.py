@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 
-def seeded(*entropy: int) -> torch.Generator:
-    """A CPU generator for a tuple of non-negative numbers: a seed, then a position such as a step or an epoch.
+def seeded(seed: int, *position: int) -> torch.Generator:
+    """A CPU generator for a seed and a position, such as a step or an epoch; all numbers are at least 0.
 
-    Different tuples give unrelated streams. No state has to be saved for an exact resume, and every process of a
+    Different positions give unrelated streams. No state has to be saved for an exact resume, and every process of a
     distributed run can draw the whole global batch and take its part.
     """
-    state = np.random.SeedSequence(entropy).generate_state(1)[0]  # torch uses 32 bits of a CPU generator's seed
+    sequence = np.random.SeedSequence(seed, spawn_key=position)
+    (state,) = sequence.generate_state(1)  # 32 bits: torch's CPU generators use no more of a seed
     return torch.Generator().manual_seed(int(state))

@@ -349,7 +349,7 @@ def test_a_missing_folder_or_split_is_named(inputs, tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         load_subjects(config(inputs, before=str(tmp_path / "nowhere")))
     images(30, 0).save(tmp_path / "no_test", "train")
-    with pytest.raises(InputError, match="no split 'test'"):
+    with pytest.raises(InputError, match="has no data/test"):
         load_subjects(config(inputs, data=str(tmp_path / "no_test")))
 
 

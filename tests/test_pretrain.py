@@ -75,10 +75,10 @@ def same_weights(one: Path, two: Path) -> bool:
 
 
 def test_the_loss_falls_and_the_result_is_a_pipeline_with_card_and_record(config: PretrainConfig, tmp_path: Path):
-    long = replace(config, steps=60, batch_size=16, learning_rate=3e-3, ema_decay=0.9, validate_every_steps=20)
+    long = replace(config, steps=120, batch_size=16, learning_rate=3e-3, ema_decay=0.9, validate_every_steps=40)
     record = pretrain(long, tmp_path / "base")
     lines = log(tmp_path / "base")
-    assert [line["step"] for line in lines] == [20, 40, 60]
+    assert [line["step"] for line in lines] == [40, 80, 120]
     assert lines[-1]["validation_loss"] < 0.85 * lines[0]["validation_loss"]
     assert record.metrics["n"] == 36
     assert record.metrics["validation_loss"] == min(line["validation_loss"] for line in lines)
@@ -164,7 +164,7 @@ def test_the_average_lags_behind_the_weights_and_validation_puts_the_weights_bac
     moved = sum((now - then).abs().sum() for now, then in zip(weights, start, strict=True))
     lag = sum((now - mean).abs().sum() for now, mean in zip(weights, run.ema.shadow_params, strict=True))
     assert 0 < lag < moved
-    run.validate(5, 0.0)
+    run.validate(5)
     after = list(run.pipeline.unet.parameters())
     assert all(torch.equal(one, two) for one, two in zip(weights, after, strict=True))
 
@@ -233,7 +233,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 
 def test_each_position_in_a_run_has_its_own_random_numbers():
-    positions = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (-1,)]
+    positions = [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (2,)]
     first = {torch.randn(1, generator=seeded(seed, *at)).item() for seed in (0, 1) for at in positions}
     assert len(first) == 2 * len(positions)
     draws = [torch.randn(1, generator=seeded(0, step, 0)).item() for step in range(2000)]

@@ -63,6 +63,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RewardConfig:
     folder = tmp_path_factory.mktemp("inputs")
     for split, count, seed in (("train", 96, 1), ("validation", 48, 2), ("test", 64, 3)):
         graded(count, seed).save(folder / "feedback", split)
+    agreement = {"simulated": True, "n_grades": 208, "n_graders": 1, "krippendorff_alpha": {"value": None}}
+    (folder / "feedback" / "agreement.json").write_text(json.dumps(agreement))
     images, bright = brightness_images(40, 4)
     # Stored with the class names the other way round: ids must follow the names.
     ImageSet.build(images, 1 - bright, CLASSES[::-1]).save(folder / "data", "train")

@@ -17,9 +17,9 @@ class PretrainConfig(StageConfig):
     )
     revision: str | None = option(None, "Hub revision of `data`.")
     initial_model: str | None = option(None, "Pipeline whose weights training starts from (continued pretraining).")
-    block_out_channels: list[int] = option([32, 32, 64, 96], "Channels of the UNet's levels, from the finest.")
+    block_out_channels: list[int] = option([32, 64, 96], "Channels of the UNet's levels, from the finest.")
     layers_per_block: int = option(1, "Residual layers in each level.", minimum=1)
-    attention_levels: list[int] = option([2, 3], "Levels with self-attention, counted from 0 at full resolution.")
+    attention_levels: list[int] = option([2], "Levels with self-attention, counted from 0 at full resolution.")
     prediction_type: Literal["v_prediction", "epsilon"] = option("v_prediction", "What the UNet predicts.")
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = option(
         "squaredcos_cap_v2", "Noise schedule over 1000 training timesteps."
