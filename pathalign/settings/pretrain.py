@@ -25,8 +25,8 @@ class PretrainConfig(StageConfig):
         "squaredcos_cap_v2", "Noise schedule over 1000 training timesteps."
     )
     zero_terminal_snr: bool = option(False, "Rescale the schedule to zero terminal SNR (needs v_prediction).")
-    steps: int = option(1200, "Optimizer steps.", minimum=1)
-    batch_size: int = option(32, "Images in a micro-batch, per device.", minimum=1)
+    steps: int = option(4000, "Optimizer steps.", minimum=1)
+    batch_size: int = option(8, "Images in a micro-batch, per device.", minimum=1)
     gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", minimum=1)
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW; cosine decay to zero.", minimum=0.0)
     warmup_steps: int = option(100, "Steps of linear warm-up.", minimum=0)
@@ -40,9 +40,9 @@ class PretrainConfig(StageConfig):
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Precision of the forward pass, by Accelerate.")
     validate_every_steps: int = option(
-        100, "Steps between validations; the best validated weights are kept.", minimum=1
+        200, "Steps between validations; the best validated weights are kept.", minimum=1
     )
-    checkpoint_every_steps: int = option(100, "Steps between checkpoints.", minimum=1)
+    checkpoint_every_steps: int = option(200, "Steps between checkpoints.", minimum=1)
     keep_checkpoints: int = option(2, "Newest checkpoints that are kept.", minimum=1)
     sample_every_steps: int = option(0, "Steps between sample sheets; 0 draws one at the end.", minimum=0)
     trackers: list[str] = option([], "Trackers beside log.jsonl: tensorboard, trackio.")
