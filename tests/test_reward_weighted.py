@@ -20,7 +20,7 @@ from pathalign.schema import InputError, RunRecord
 from pathalign.settings.pretrain import PretrainConfig
 from pathalign.settings.reward_weighted import RewardWeightedConfig
 from pathalign.trainers import reward_weighted
-from pathalign.trainers.pretrain import new_pipeline
+from pathalign.trainers.pretrain import new_pipeline, noisy_and_target
 from pathalign.trainers.reward_weighted import (
     RewardWeightedTrainer,
     align,
@@ -375,7 +375,7 @@ def test_noisy_images_and_targets_follow_the_papers_formulas(tiny_pipeline, tiny
     trainer = RewardWeightedTrainer(tiny_pipeline, Brightness(), tiny_images, RewardWeightedConfig(**SMALL), tmp_path)
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(2, 3, 16, 16, generator=generator) for _ in range(2))
-    noisy, target = trainer.noisy_and_target(clean, noise, torch.tensor([10, 900]))
+    noisy, target = noisy_and_target(trainer.training_schedule, clean, noise, torch.tensor([10, 900]))
     share = tiny_pipeline.scheduler.alphas_cumprod[[10, 900]][:, None, None, None]
     torch.testing.assert_close(noisy, share.sqrt() * clean + (1 - share).sqrt() * noise)
     velocity = share.sqrt() * noise - (1 - share).sqrt() * clean  # arXiv:2202.00512, appendix D

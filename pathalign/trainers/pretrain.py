@@ -36,6 +36,15 @@ VALIDATION_BATCH = 100
 TRAINING, VALIDATION = 0, 1  # streams of random numbers
 
 
+def noisy_and_target(
+    scheduler: DDIMScheduler, pixel_values: Tensor, noise: Tensor, timesteps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Noisy images and what the UNet shall predict for them, noise or velocity; all of shape `(n, channels, h, w)`."""
+    noisy = scheduler.add_noise(pixel_values, noise, timesteps)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    return noisy, scheduler.get_velocity(pixel_values, noise, timesteps) if velocity else noise
+
+
 def denoising_loss(
     unet: UNet2DConditionModel,
     scheduler: DDIMScheduler,
@@ -59,10 +68,8 @@ def denoising_loss(
 
     Source: DDPM (arXiv:2006.11239), eq. 14; velocity: arXiv:2202.00512, appendix D.
     """
-    noisy = scheduler.add_noise(pixel_values, noise, timesteps)
+    noisy, target = noisy_and_target(scheduler, pixel_values, noise, timesteps)
     prediction = unet(noisy, timesteps, **conditions).sample
-    velocity = scheduler.config.prediction_type == "v_prediction"
-    target = scheduler.get_velocity(pixel_values, noise, timesteps) if velocity else noise
     return F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
 
 

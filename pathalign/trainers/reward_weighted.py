@@ -32,6 +32,7 @@ from pathalign.reward import RewardModel
 from pathalign.schema import InputError, RunRecord, peak_rss_mb
 from pathalign.settings.reward_weighted import RewardWeightedConfig
 from pathalign.trainers.base import RunFolder, accelerator_for, cosine_rate, require_finite
+from pathalign.trainers.pretrain import denoising_loss, noisy_and_target
 
 ADAPTER, TRAINING = 0, 1  # streams of random numbers
 FIRST_SEED, SEEDS_PER_ROUND = 2**31, 2**16  # beyond the seeds of candidate sets; torch uses 32 bits of a seed
@@ -281,15 +282,15 @@ class RewardWeightedTrainer:
             to_pixel_values(batch.images[index]), batch.class_ids[index], generator
         )
         weights = self.own(batch.weights[index])
-        noisy, target = self.noisy_and_target(clean, noise, timesteps)
         conditions = self.conditioning(class_ids)
-        if self.config.weighting == "contrastive":
-            with torch.no_grad(), self.weights_of(self.sampled_with):
-                old_prediction = self.pipeline.unet(noisy, timesteps, **conditions).sample.float()
-            prediction = self.unet(noisy, timesteps, **conditions).sample.float()
-            return contrastive_loss(prediction, old_prediction, target, weights, self.config.contrast).mean()
+        if self.config.weighting != "contrastive":
+            losses = denoising_loss(self.unet, self.training_schedule, clean, conditions, noise, timesteps)
+            return (weights * losses).mean()
+        noisy, target = noisy_and_target(self.training_schedule, clean, noise, timesteps)
+        with torch.no_grad(), self.weights_of(self.sampled_with):
+            old_prediction = self.pipeline.unet(noisy, timesteps, **conditions).sample.float()
         prediction = self.unet(noisy, timesteps, **conditions).sample.float()
-        return (weights * (prediction - target).square().mean(dim=(1, 2, 3))).mean()
+        return contrastive_loss(prediction, old_prediction, target, weights, self.config.contrast).mean()
 
     def real_loss(self, generator: torch.Generator) -> Tensor:
         """Denoising loss on real training images."""
@@ -298,8 +299,8 @@ class RewardWeightedTrainer:
         clean, class_ids, noise, timesteps = self.noised(
             self.real_pixel_values[index], self.real.class_ids[index], generator
         )
-        noisy, target = self.noisy_and_target(clean, noise, timesteps)
-        return (self.unet(noisy, timesteps, **self.conditioning(class_ids)).sample.float() - target).square().mean()
+        conditions = self.conditioning(class_ids)
+        return denoising_loss(self.unet, self.training_schedule, clean, conditions, noise, timesteps).mean()
 
     def noised(
         self, pixel_values: Tensor, class_ids: Tensor, generator: torch.Generator
@@ -317,13 +318,6 @@ class RewardWeightedTrainer:
     def own(self, values: Tensor) -> Tensor:
         """This process's part of a global batch, on its device."""
         return values.chunk(self.accelerator.num_processes)[self.accelerator.process_index].to(self.device)
-
-    def noisy_and_target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy images and what the UNet shall predict for them."""
-        noisy = self.training_schedule.add_noise(clean, noise, timesteps)
-        if self.training_schedule.config.prediction_type == "v_prediction":
-            return noisy, self.training_schedule.get_velocity(clean, noise, timesteps)
-        return noisy, noise
 
     def save(self, step: int) -> None:
         """Write a checkpoint with all that an exact resume needs; the round's images lie beside it."""
