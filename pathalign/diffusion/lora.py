@@ -68,7 +68,7 @@ def save(unet: UNet2DConditionModel, folder: Path) -> None:
 
 
 def _sort_header(path: Path) -> None:
-    """Sort the header of a safetensors file: its writer puts metadata in random order (safetensors 0.6)."""
+    """Sort the header of a safetensors file: its writer puts metadata in random order (safetensors 0.8)."""
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8:start]), sort_keys=True).encode()

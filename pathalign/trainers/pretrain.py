@@ -211,7 +211,7 @@ class PretrainTrainer:
         if config.augment == "flips_rotations":
             images = random_orientations(images, generator)
         dropped = torch.rand(count, generator=generator) < config.class_dropout
-        class_ids = torch.where(dropped, len(self.train_set.class_names), self.train_set.class_ids[index])
+        class_ids = torch.where(dropped, self.conditioning.no_class_id, self.train_set.class_ids[index])
         noise = torch.randn(images.shape, generator=generator)
         timesteps = torch.randint(0, TRAIN_TIMESTEPS, (count,), generator=generator)
         own = slice(
@@ -313,7 +313,6 @@ class PretrainTrainer:
         say(f"Best validation loss {self.best['loss']:.4f} at step {self.best['step']}.")
         if self.accelerator.is_main_process:
             self.sample(self.folder / "samples" / "final.png")
-            self.accelerator.unwrap_model(self.unet)
             self.pipeline.save_pretrained(self.folder)
             write_card(self.folder, "diffusion_base", record, class_names=self.pipeline.class_names)
             record.save(self.folder)
