@@ -89,17 +89,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        InputError: If the file is missing, is not YAML, or is not a mapping.
+        ConfigError: If the file is missing, is not YAML, or is not a mapping.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"There is no configuration file {path}.")
+        raise ConfigError(str(path), ["there is no such file; give the path of a YAML file with settings."])
     try:
         content = yaml.load(path.read_text(), Loader=_Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(str(path), [f"it is not valid YAML: {error}"]) from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}; it must hold `key: value` lines.")
+        raise ConfigError(str(path), [f"it holds a {type(content).__name__}; it must hold `key: value` lines."])
     return content
 
 

@@ -212,7 +212,7 @@ def test_a_configuration_with_three_wrong_keys(out, tmp_path):
 
 def test_a_configuration_that_is_no_yaml(out, tmp_path):
     (tmp_path / "run.yaml").write_text("pretrain: [")
-    refuse(out, WORKED, [f"{tmp_path / 'run.yaml'} is not valid YAML"], "run", str(tmp_path / "run.yaml"))
+    refuse(out, USAGE, [f"{tmp_path / 'run.yaml'} cannot be used", "not valid YAML"], "run", str(tmp_path / "run.yaml"))
 
 
 def test_an_unknown_stage(out, tmp_path):

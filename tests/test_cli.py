@@ -126,8 +126,8 @@ def test_a_run_configuration_with_wrong_keys_and_stages_exits_with_2(tmp_path):
 
 def test_a_missing_configuration_is_explained():
     result = invoke("run", "no/such.yaml")
-    assert result.exit_code == 1
-    assert "There is no configuration file no/such.yaml" in result.stderr
+    assert result.exit_code == 2
+    assert "no/such.yaml cannot be used:\n- there is no such file" in result.stderr
 
 
 def test_options_override_the_file_and_reach_the_stage(fake_stage, tmp_path):

@@ -73,7 +73,7 @@ def test_the_down_projections_follow_the_generator_and_not_the_global_seed(base:
             torch.manual_seed(global_seed)
             unet = load_base(base).unet
             lora.attach(unet, 2, 2, True, generator(seed))
-        weights.append(torch.cat([tensor.flatten() for tensor in lora.state(unet).values()]))
+        weights.append(torch.cat([tensor.flatten() for tensor in lora.parameters(unet).values()]))
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 
@@ -120,17 +120,6 @@ def test_fusing_keeps_the_images_and_everything_can_be_taken_off_again(tiny_pipe
     pipeline.unload_lora_weights()
     torch.testing.assert_close(draw(pipeline), plain, rtol=0, atol=1e-4)
     assert not any("lora" in name for name, _ in pipeline.unet.named_parameters())
-
-
-def test_state_is_a_copy_that_restore_puts_back(tiny_pipeline):
-    unet = trained(tiny_pipeline).unet
-    expected, kept = draw(tiny_pipeline), lora.state(unet)
-    with torch.no_grad():
-        for parameter in lora.parameters(unet).values():
-            parameter.add_(1.0)
-    assert not torch.equal(draw(tiny_pipeline), expected)
-    lora.restore(unet, kept)
-    assert torch.equal(draw(tiny_pipeline), expected)
 
 
 def test_the_file_holds_rank_and_alpha_and_only_lora_weights(tiny_pipeline, base: Path, tmp_path: Path):

@@ -31,12 +31,13 @@ from pathalign.reward.calibration import (
     negative_log_likelihood,
 )
 from pathalign.reward.encoders import encoder_spec
+from pathalign.reward.inputs import with_class_names
 from pathalign.reward.modeling_reward import reward_loss
 from pathalign.reward.pairs import TrainingPairs, augment, real_pairs
 from pathalign.schema import InputError
 from pathalign.settings.reward import RewardConfig
 from pathalign.trainers import reward as reward_trainer
-from pathalign.trainers.reward import out_of_patience, train_reward, with_class_names
+from pathalign.trainers.reward import out_of_patience, train_reward
 
 CLASSES = ("dark", "bright")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 
 from pathalign.artefacts import write_atomically
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
@@ -45,23 +45,13 @@ def parameters(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in unet.named_parameters() if "lora_" in name}
 
 
-def state(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
-    """A copy of the adapter's weights, in peft's names."""
-    weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
-    return {name: tensor.detach().clone() for name, tensor in weights.items()}
-
-
-def restore(unet: UNet2DConditionModel, weights: dict[str, torch.Tensor]) -> None:
-    """Put back what `state` copied."""
-    set_peft_model_state_dict(unet, weights, adapter_name=ADAPTER_NAME)
-
-
 def save(unet: UNet2DConditionModel, folder: Path) -> None:
     """Write the adapter in diffusers' format, for `load_lora_weights`; equal adapters give equal bytes."""
+    weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
     metadata = unet.peft_config[ADAPTER_NAME].to_dict()
     ClassConditionalPipeline.save_lora_weights(
         folder,
-        unet_lora_layers={name: tensor.contiguous() for name, tensor in state(unet).items()},
+        unet_lora_layers={name: tensor.detach().contiguous() for name, tensor in weights.items()},
         unet_lora_adapter_metadata={**metadata, "target_modules": sorted(metadata["target_modules"])},
     )
     _sort_header(folder / WEIGHTS_NAME)

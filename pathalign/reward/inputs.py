@@ -1,0 +1,99 @@
+"""What the reward model learns from, read and checked before anything expensive starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pathalign.artefacts import fingerprint
+from pathalign.cards import Grading
+from pathalign.images import ImageSet, dataset_file
+from pathalign.schema import InputError
+from pathalign.settings.reward import RewardConfig
+
+CRITERION = "failed_"
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardInputs:
+    """Graded images by split, and real images with the same class ids."""
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    real: ImageSet
+    criteria: list[str]
+    grading: Grading
+    fingerprints: dict[str, str]
+
+    @classmethod
+    def load(cls, config: RewardConfig) -> RewardInputs:
+        """Read and check everything that training needs.
+
+        Raises:
+            InputError: If something is missing, the classes differ, or there are too few grades to learn from.
+        """
+        names = ("train", "validation", "test")
+        splits = {name: ImageSet.load(config.feedback, name, config.feedback_revision) for name in names}
+        for split, graded in splits.items():
+            _check_verdicts(config, split, graded)
+        train = splits["train"]
+        if len(train) < config.min_graded:
+            raise InputError(
+                f"{config.feedback} has {len(train)} graded training images; at least {config.min_graded} are wanted. "
+                "Grade more images, or lower `min_graded`."
+            )
+        real = ImageSet.load(config.data, "train", config.data_revision)
+        agreement = dataset_file(config.feedback, "agreement.json", config.feedback_revision)
+        return cls(
+            **splits,
+            real=with_class_names(real, train.class_names, config.data),
+            criteria=[name[len(CRITERION) :] for name in sorted(train.columns) if name.startswith(CRITERION)],
+            grading=Grading.from_agreement(json.loads(agreement.read_text())),
+            fingerprints={
+                "feedback": _input_fingerprint(config.feedback, config.feedback_revision),
+                "data": _input_fingerprint(config.data, config.data_revision),
+            },
+        )
+
+
+def with_class_names(images: ImageSet, class_names: tuple[str, ...], source: str) -> ImageSet:
+    """The same images with class ids that follow `class_names`.
+
+    Raises:
+        InputError: If the two sets of names differ.
+    """
+    if set(images.class_names) != set(class_names):
+        raise InputError(
+            f"The feedback knows the classes {sorted(class_names)}, {source} knows {sorted(images.class_names)}. "
+            "Both must have the same: choose them by `classes` of the `data` stage, or grade images of the others too."
+        )
+    ids = torch.tensor([class_names.index(name) for name in images.class_names])
+    return dataclasses.replace(images, class_ids=ids[images.class_ids], class_names=class_names)
+
+
+def _check_verdicts(config: RewardConfig, split: str, graded: ImageSet) -> None:
+    if "plausible" not in graded.columns:
+        raise InputError(
+            f"Split {split!r} of {config.feedback} has no column `plausible`; make it with `pathalign feedback`."
+        )
+    labels = np.array(graded.columns["plausible"], dtype=float)
+    if not ((labels >= 0) & (labels <= 1)).all():
+        raise InputError(
+            f"Split {split!r} of {config.feedback} has values of `plausible` outside 0 to 1; make it again."
+        )
+    counts = {"plausible": int((labels > 0.5).sum()), "implausible": int((labels < 0.5).sum())}
+    if split != "test" and 0 in counts.values():
+        raise InputError(
+            f"Split {split!r} of {config.feedback} has {counts['plausible']} plausible and {counts['implausible']} "
+            "implausible images; a reward model needs both. Grade more images, or candidates of another quality."
+        )
+
+
+def _input_fingerprint(path_or_repo_id: str, revision: str | None) -> str:
+    folder = Path(path_or_repo_id)
+    return fingerprint(folder) if folder.is_dir() else f"{path_or_repo_id}@{revision or 'main'}"
