@@ -110,22 +110,30 @@ def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
     if config.reward_model is not None:
         inputs["reward_model"] = _revision(config.reward_model, None)
     with artefact(output_dir) as folder:
-        sampling = Sampling(
-            config.inference_steps, config.guidance_scale, config.batch_size, config.seed, config.best_of
-        )
-        parts = draw(pipeline, reward_model, labels, sampling, scratch_dir(folder, [asdict(config), inputs]))
+        turns = config.varied_steps or [config.inference_steps]
+        scratch = scratch_dir(folder, [asdict(config), inputs])
+        parts = []
+        for turn, steps in enumerate(turns):
+            first_seed = config.seed + turn * len(labels)
+            sampling = Sampling(steps, config.guidance_scale, config.batch_size, first_seed, config.best_of)
+            own = scratch / f"steps-{turn}"
+            own.mkdir(exist_ok=True)
+            parts += draw(pipeline, reward_model, labels[turn :: len(turns)], sampling, own)
+        # Back in the order of the labels: image i was drawn in turn i modulo the number of turns.
+        rows = [row for turn in range(len(turns)) for row in range(turn, len(labels), len(turns))]
+        order = torch.tensor(rows).argsort()
         columns: dict[str, list[Any]] = {
-            "seed": [seed for part in parts for seed in part["seeds"]],
+            "seed": _reordered([seed for part in parts for seed in part["seeds"]], order),
             "model": [inputs["model"]] * len(labels),
             "adapter": [inputs.get("adapter", "")] * len(labels),
             "scheduler": [config.scheduler] * len(labels),
-            "steps": [config.inference_steps] * len(labels),
+            "steps": [turns[row % len(turns)] for row in range(len(labels))],
             "guidance": [config.guidance_scale] * len(labels),
             "kind": ["synthetic"] * len(labels),
         }
         if reward_model is not None:
-            columns["reward"] = [reward for part in parts for reward in part["rewards"]]
-        images = torch.cat([part["images"] for part in parts])
+            columns["reward"] = _reordered([reward for part in parts for reward in part["rewards"]], order)
+        images = torch.cat([part["images"] for part in parts])[order]
         candidates = ImageSet.build(images, torch.tensor(labels), pipeline.class_names, columns)
         candidates.save(folder)
         contact_sheet(candidates.first_per_class(12).images, columns=min(12, config.images_per_class)).save(
@@ -140,6 +148,10 @@ def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
         )
         record.save(folder)
     return record
+
+
+def _reordered(values: list[Any], order: Tensor) -> list[Any]:
+    return [values[row] for row in order.tolist()]
 
 
 def draw(

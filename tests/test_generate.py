@@ -11,7 +11,7 @@ import torch
 
 from pathalign import generate as module
 from pathalign.artefacts import partial_dir
-from pathalign.config import ConfigError
+from pathalign.config import ConfigError, build
 from pathalign.diffusion import lora
 from pathalign.generate import SCHEDULERS, SEEDS_PER_ATTEMPT, generate, load_pipeline, sample, score, set_scheduler
 from pathalign.images import ImageSet
@@ -82,6 +82,24 @@ def test_another_seed_or_guidance_or_sampler_gives_other_images(config: Generate
         generate(replace(config, **change), tmp_path / str(index))
         ids.add(ImageSet.load(tmp_path / str(index)).image_ids)
     assert len(ids) == len(changes)
+
+
+def test_varied_steps_take_turns_and_every_row_says_its_own(config: GenerateConfig, tmp_path: Path):
+    generate(replace(config, varied_steps=[1, 3]), tmp_path / "set")
+    candidates = ImageSet.load(tmp_path / "set")
+    assert candidates.columns["steps"] == [1, 3] * 7 + [1]
+    assert len(set(candidates.columns["seed"])) == 15
+    pipeline = load_pipeline(config.model)
+    set_scheduler(pipeline, config.scheduler)
+    for row in (0, 1, 6, 13, 14):
+        seed, steps = (candidates.columns[name][row] for name in ("seed", "steps"))
+        again = sample(pipeline, [int(candidates.class_ids[row])], [seed], steps)
+        assert (again[0].int() - candidates.images[row].int()).abs().max() <= 1
+
+
+def test_no_steps_at_all_are_refused():
+    with pytest.raises(ConfigError, match=r"`varied_steps` is \[5, 0\]; each must be 1 or more"):
+        build(GenerateConfig, {"varied_steps": [5, 0]}, title="generate")
 
 
 def test_an_interrupted_set_goes_on_and_draws_no_image_twice(

@@ -19,6 +19,11 @@ class GenerateConfig(StageConfig):
     classes: list[str] = option([], "Class names to sample; all if empty.")
     images_per_class: int = option(100, "Images of each class.", minimum=1)
     inference_steps: int = option(10, "Denoising steps.", minimum=1)
+    varied_steps: list[int] = option(
+        [],
+        "Numbers of denoising steps that the images get in turn, in place of `inference_steps`: candidates of varied "
+        "quality teach a reward model more.",
+    )
     guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is none.", minimum=0.0)
     scheduler: Literal["dpmsolver++", "ddim", "ddpm", "euler", "unipc"] = option("dpmsolver++", "Sampler.")
     batch_size: int = option(50, "Images sampled at once; it never changes an image.", minimum=1)
@@ -29,7 +34,10 @@ class GenerateConfig(StageConfig):
     seed: int = option(0, "Seed of the first image; image i has seed `seed + i`.", minimum=0)
 
     def problems(self) -> list[str]:
-        """Best-of-N needs a reward model."""
+        """Best-of-N needs a reward model, and an image at least one step."""
+        found = []
         if self.best_of > 1 and self.reward_model is None:
-            return [f"`best_of` is {self.best_of}, but there is no `reward_model` to choose by."]
-        return []
+            found.append(f"`best_of` is {self.best_of}, but there is no `reward_model` to choose by.")
+        if any(steps < 1 for steps in self.varied_steps):
+            found.append(f"`varied_steps` is {self.varied_steps}; each must be 1 or more.")
+        return found

@@ -114,7 +114,7 @@ def new_pipeline(config: PretrainConfig, image_size_px: int, class_names: tuple[
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,
         rescale_betas_zero_snr=config.zero_terminal_snr,
-        timestep_spacing="trailing" if config.zero_terminal_snr else "leading",
+        timestep_spacing="trailing",  # few-step sampling then begins at pure noise (arXiv:2305.08891, section 3.3)
         clip_sample=False,
     )
     return ClassConditionalPipeline(unet, scheduler, {str(index): name for index, name in enumerate(class_names)})

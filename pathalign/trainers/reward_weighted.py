@@ -3,8 +3,7 @@
     loss = E_synthetic[ w(R(x, c)) * L_denoise ] + beta * E_real[ L_denoise ]
 
 Source: "Aligning Synthetic Medical Images with Clinical Knowledge using Human Feedback" (arXiv:2306.12438), where w
-is the reward itself. The `contrastive` form comes from DiffusionNFT (arXiv:2509.16117): a share r of an image pulls the
-model towards it, and a share 1 - r pushes the model away from it, both relative to the model that drew it.
+is the reward itself; other forms of w are in `weighting.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -33,9 +33,10 @@ from pathalign.schema import InputError, RunRecord, peak_rss_mb
 from pathalign.settings.reward_weighted import RewardWeightedConfig
 from pathalign.trainers.base import RunFolder, accelerator_for, cosine_rate, require_finite
 from pathalign.trainers.pretrain import denoising_loss, noisy_and_target
+from pathalign.trainers.weighting import contrastive_loss, reward_weights
 
 ADAPTER, TRAINING = 0, 1  # streams of random numbers
-FIRST_SEED, SEEDS_PER_ROUND = 2**31, 2**16  # beyond the seeds of candidate sets; torch uses 32 bits of a seed
+FIRST_SEED, SEEDS_PER_ROUND = 2**31, 2**20  # beyond the seeds of candidate sets; torch uses 32 bits of a seed
 
 
 @dataclass(frozen=True)
@@ -53,72 +54,6 @@ class Batch:
     class_ids: Tensor
     rewards: Tensor
     weights: Tensor
-
-
-def class_means(rewards: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the rewards of each image's class, both of shape `(n,)`."""
-    same = (class_ids[:, None] == class_ids[None, :]).float()
-    mean = same @ rewards / same.sum(dim=1)
-    spread = (same * (rewards[None, :] - mean[:, None]).square()).sum(dim=1) / same.sum(dim=1)
-    return mean, spread.sqrt()
-
-
-def reward_weights(rewards: Tensor, class_ids: Tensor, config: RewardWeightedConfig) -> Tensor:
-    """Weights of images from their rewards, by `config.weighting`.
-
-    Args:
-        rewards: Shape `(n,)`, float32 in [0, 1].
-        class_ids: Shape `(n,)`, int64.
-        config: Names the weighting and its parameters.
-
-    Returns:
-        Shape `(n,)`, float32. Positive weights average 1 over the batch, except `reward`: the paper's R itself.
-        `advantage` averages 0 within each class; `contrastive` is in [0, 1], 0.5 for an average image of its class.
-    """
-    mean, spread = class_means(rewards, class_ids)
-    if config.weighting == "reward":
-        return rewards
-    if config.weighting == "normalized":
-        return rewards / mean.clamp_min(1e-6)
-    if config.weighting == "exponential":
-        weights = ((rewards - rewards.max()) / config.temperature).exp()
-        return weights / weights.mean()
-    if config.weighting == "top_share":
-        chosen = torch.zeros_like(rewards)
-        for class_id in class_ids.unique():
-            own = (class_ids == class_id).nonzero()[:, 0]
-            count = max(1, round(config.top_share * len(own)))
-            chosen[own[rewards[own].topk(count).indices]] = 1.0
-        return chosen / chosen.mean()
-    advantage = (rewards - mean) / spread.clamp_min(1e-3)
-    if config.weighting == "advantage":
-        return advantage
-    # Not clipped: that would push away from a class as a whole.
-    return 0.5 + 0.5 * advantage / advantage.abs().max().clamp_min(1e-6)
-
-
-def contrastive_loss(
-    prediction: Tensor, old_prediction: Tensor, target: Tensor, share: Tensor, contrast: float
-) -> Tensor:
-    """Pull towards plausible images, push away from implausible ones.
-
-    Args:
-        prediction: Of the trained model, shape `(n, channels, size, size)`.
-        old_prediction: Of the model that drew the images, same shape, no gradient.
-        target: Noise or velocity of the images.
-        share: Shape `(n,)`, in [0, 1]: 1 pulls only, 0 pushes only.
-        contrast: The implicit positive model lies `contrast` times the difference from the old one, the negative one
-            as far on the other side.
-
-    Returns:
-        Shape `(n,)`, float32, divided by `contrast` so that its gradient at the start does not depend on it.
-
-    Source: DiffusionNFT (arXiv:2509.16117).
-    """
-    difference = contrast * (prediction - old_prediction)
-    positive = (old_prediction + difference - target).square().mean(dim=(1, 2, 3))
-    negative = (old_prediction - difference - target).square().mean(dim=(1, 2, 3))
-    return (share * positive + (1 - share) * negative) / contrast
 
 
 def align(config: RewardWeightedConfig, output_dir: str | Path) -> RunRecord:
@@ -184,6 +119,8 @@ class RewardWeightedTrainer:
         self.inputs["data"] = fingerprint(list(real.image_ids))
         self.run = RunFolder(folder, self.accelerator, {**asdict(config), **self.inputs}, config.trackers)
         self.mean_rewards: list[float] = []
+        self.best: dict[str, Any] = {"reward": -float("inf"), "weights": self.average}
+        self.setbacks = 0
 
     def train(self) -> RunRecord:
         """Run all rounds that are left, then write the adapter."""
@@ -192,9 +129,7 @@ class RewardWeightedTrainer:
         total = self.config.rounds * self.config.steps_per_round
         while step < total:
             number = step // self.config.steps_per_round
-            if step % self.config.steps_per_round == 0:
-                self.use_average()
-            batch = self.collect(number)
+            batch = self.begin_round(number) if step % self.config.steps_per_round == 0 else self.collect(number)
             with Progress(f"align, round {number + 1}/{self.config.rounds}", total, done=step) as progress:
                 while step < (number + 1) * self.config.steps_per_round:
                     figures = self.step(step, batch)
@@ -205,24 +140,55 @@ class RewardWeightedTrainer:
                     progress.update(loss=figures["loss"], reward=float(batch.rewards.mean()))
         return self.finish(time.monotonic() - started)
 
-    def use_average(self) -> None:
-        """Begin a round: the averaged adapter draws, and training goes on from it."""
-        torch._foreach_copy_([parameter.data for parameter in self.parameters], self.average)
-        torch._foreach_copy_(self.sampled_with, self.average)
+    def begin_round(self, number: int) -> Batch:
+        """The averaged adapter draws, and training goes on from it, unless the last round did harm.
 
-    def collect(self, number: int) -> Batch:
-        """Draw images with the adapter of the round's beginning, and score them.
+        If it did, the best weights come back, the optimizer forgets, and the rest goes on at half the learning rate.
 
         Raises:
             InputError: If all rewards are equal: there is nothing to learn from.
         """
+        self.use(self.average)
+        batch = self.collect(number)
+        if float(batch.rewards.std()) < 1e-4:
+            raise InputError(
+                f"All {len(batch.rewards)} rewards of round {number + 1} are about {float(batch.rewards.mean()):.4f}: "
+                "there is nothing to learn from. Look at the reward model's evaluation.json, or grade more images."
+            )
+        mean = float(batch.rewards.mean())
+        if self.did_harm(batch):
+            say(f"Round {number} did harm: it is undone, and the learning rate halved.")
+            self.setbacks += 1
+            self.use(self.best["weights"])
+            self.optimizer.state.clear()
+            batch = self.collect(number)
+        elif mean > self.best["reward"]:
+            self.best = {"reward": mean, "weights": [weights.clone() for weights in self.average]}
+        return batch
+
+    def did_harm(self, batch: Batch) -> bool:
+        """Whether the mean reward lies more than its standard error below the best of the rounds before."""
+        error = float(batch.rewards.std()) / len(batch.rewards) ** 0.5
+        return float(batch.rewards.mean()) < float(self.best["reward"]) - error
+
+    def use(self, weights: list[Tensor]) -> None:
+        """Go on from these weights: they draw, and they are the average so far."""
+        for held in ([parameter.data for parameter in self.parameters], self.average, self.sampled_with):
+            torch._foreach_copy_(held, weights)
+
+    def collect(self, number: int) -> Batch:
+        """Draw images with the weights in `sampled_with`, and score them.
+
+        Raises:
+            InputError: If a reward is no number.
+        """
         config = self.config
         count = len(self.pipeline.class_names)
         class_ids = torch.arange(count).repeat(config.images_per_class)
-        first_seed = FIRST_SEED + (config.seed * config.rounds + number) * SEEDS_PER_ROUND % FIRST_SEED
+        first_seed = FIRST_SEED + (config.seed * (config.rounds + 1) + number) * SEEDS_PER_ROUND % FIRST_SEED
         sampling = Sampling(config.inference_steps, config.guidance_scale, config.sample_batch_size, first_seed)
         process = (self.accelerator.process_index, self.accelerator.num_processes)
-        scratch = scratch_dir(self.folder, [asdict(config), self.inputs, number])
+        scratch = scratch_dir(self.folder, [asdict(config), self.inputs, number, self.setbacks])
         with self.weights_of(self.sampled_with):
             parts = draw(self.pipeline, self.reward_model, class_ids.tolist(), sampling, scratch, process)
         parts = sorted(gather_object(parts), key=lambda part: int(part["start"]))
@@ -230,12 +196,8 @@ class RewardWeightedTrainer:
         self.mean_rewards = [*self.mean_rewards[:number], float(rewards.mean())]
         if not torch.isfinite(rewards).all():
             raise InputError(f"{self.config.reward_model} gives rewards that are no numbers; train it again.")
-        if float(rewards.std()) < 1e-4:
-            raise InputError(
-                f"All {len(rewards)} rewards of round {number + 1} are about {float(rewards.mean()):.4f}: there is "
-                "nothing to learn from. Look at the reward model's evaluation.json, or grade more images."
-            )
-        say(f"Round {number + 1}: mean reward {float(rewards.mean()):.3f} of {len(rewards)} images.")
+        when = f"before round {number + 1}" if number < config.rounds else "at the end"
+        say(f"Mean reward {when}: {float(rewards.mean()):.3f} of {len(rewards)} images.")
         return Batch(
             images=torch.cat([part["images"] for part in parts]),
             class_ids=class_ids,
@@ -250,7 +212,8 @@ class RewardWeightedTrainer:
     def step(self, step: int, batch: Batch) -> dict[str, float]:
         """One optimizer step on synthetic and real images."""
         config = self.config
-        rate = config.learning_rate * cosine_rate(step, config.rounds * config.steps_per_round, config.warmup_steps)
+        total = config.rounds * config.steps_per_round
+        rate = config.learning_rate * 0.5**self.setbacks * cosine_rate(step, total, config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         generator = seeded(config.seed, TRAINING, step)
@@ -328,6 +291,8 @@ class RewardWeightedTrainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {},
             "mean_rewards": self.mean_rewards,
+            "best": self.best,
+            "setbacks": self.setbacks,
         }
         self.run.save(step, state)
 
@@ -342,19 +307,23 @@ class RewardWeightedTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.mean_rewards = state["mean_rewards"]
+        self.mean_rewards, self.best, self.setbacks = state["mean_rewards"], state["best"], state["setbacks"]
         return int(state["step"])
 
     def finish(self, wall_s: float) -> RunRecord:
-        """Write the averaged adapter with its card, samples and record."""
-        self.use_average()
+        """Write the averaged adapter, or the best one if the last round did harm, with its card and record."""
+        self.use(self.average)
+        if self.did_harm(self.collect(self.config.rounds)):
+            say("The last round did harm: the best adapter before it is kept.")
+            self.use(self.best["weights"])
         record = RunRecord(
             stage="align",
             config=asdict(self.config),
             inputs=self.inputs,
             seeds={"seed": self.config.seed},
             metrics={
-                "mean_reward_by_round": self.mean_rewards,
+                "mean_reward_by_round": self.mean_rewards,  # of fresh samples, before each round and at the end
+                "setbacks": self.setbacks,
                 "adapter_parameters": sum(parameter.numel() for parameter in self.parameters),
             },
             wall_s=wall_s,
