@@ -210,7 +210,7 @@ def test_training_raises_the_reward_of_fresh_images_and_changes_the_adapter_only
     def fresh_rewards() -> Tensor:
         return score(model, sample(pipeline, ids, range(10_000, 10_024), 3), ids, CLASSES)
 
-    small = {"rounds": 4, "images_per_class": 8, "inference_steps": 3, "steps_per_round": 12, "batch_size": 12}
+    small = {"rounds": 4, "images_per_class": 16, "inference_steps": 3, "steps_per_round": 30, "batch_size": 12}
     config = RewardWeightedConfig(
         **(settings | small | {"lora_rank": 4}), beta=0.0, contrast=0.2, learning_rate=6e-3, ema_decay=0.5
     )
