@@ -1,7 +1,7 @@
-"""How far graders agree, beyond chance, with bootstrap intervals over images.
+"""How far graders agree, beyond chance, with bootstrap intervals over images; and shares with Wilson intervals.
 
-All figures take `ratings` of shape `(graders, images)`: nominal codes as floats, NaN where a grader did not rate an
-image. A figure that the ratings do not determine is `None`, which reports show as "not measured".
+The figures of agreement take `ratings` of shape `(graders, images)`: nominal codes as floats, NaN where a grader did
+not rate an image. A figure that the ratings do not determine is `None`, which reports show as "not measured".
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import combinations
 import krippendorff
 import numpy as np
 from statsmodels.stats.inter_rater import cohens_kappa, fleiss_kappa
+from statsmodels.stats.proportion import proportion_confint
 
 LEVEL = 0.95
 
@@ -23,7 +24,7 @@ class Estimate:
 
     Attributes:
         value: The figure on all images; `None` if it is not determined.
-        ci: Percentile interval of level `LEVEL`; `None` if fewer than half of the resamples determine the figure.
+        ci: Interval of level `LEVEL`; `None` if it is not determined (of a bootstrap: by half of the resamples).
         n: Images that it rests on.
     """
 
@@ -84,6 +85,14 @@ def pairwise_cohen(
         (first, second): cohen(ratings[row], ratings[column], samples, seed)
         for (row, first), (column, second) in combinations(enumerate(graders), 2)
     }
+
+
+def share(successes: int, count: int) -> Estimate:
+    """A share of `count` independent cases with its Wilson score interval. Source: Wilson 1927, by statsmodels."""
+    if count == 0:
+        return Estimate(value=None, ci=None, n=0)
+    low, high = proportion_confint(successes, count, alpha=1 - LEVEL, method="wilson")
+    return Estimate(value=successes / count, ci=(float(low), float(high)), n=count)
 
 
 def value_counts(ratings: np.ndarray) -> np.ndarray:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pathalign.schema import Grade, InputError
 
 SHOWN = 5  # examples named in an error
+OTHER_ROWS = ("preferences", "sessions")  # folders of a study's sink
+COMPACTED_KEY = b"pathalign_rows"  # in the metadata of a compacted Parquet file: the kind of its rows
 REQUIRED_TEXT = ("grade_id", "image_id", "class_label", "verdict", "grader")
 
 
@@ -30,7 +34,10 @@ class CurrentGrades:
 
 
 def read_grades(path: str | Path) -> list[Grade]:
-    """Read a `.jsonl` file, or all `.jsonl` files below a folder in the order of their paths.
+    """Read grades: of a `.jsonl` file, of a compacted `.parquet`, or of all such files below a folder.
+
+    A folder's files come in the order of their paths. What a study keeps beside its grades, in `preferences/` and
+    `sessions/`, is left out, and so are Parquet files that `pathalign feedback compact` did not write.
 
     Raises:
         InputError: If there are no grades, or a line cannot be read; names the files and lines.
@@ -38,14 +45,14 @@ def read_grades(path: str | Path) -> list[Grade]:
     path = Path(path)
     if not path.exists():
         raise InputError(f"There are no grades at {path}: give a .jsonl file or a folder with .jsonl files.")
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    files = grade_files(path) if path.is_dir() else [path]
     grades, problems = [], []
     for file in files:
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-            if not line.strip():
+        for number, entry in enumerate(_entries(file), start=1):
+            if not entry:
                 continue
             try:
-                grades.append(_parse(line))
+                grades.append(_parse(entry))
             except (ValueError, TypeError) as error:  # InputError, bad JSON and bad UTF-8 are ValueErrors
                 problems.append(f"{file}:{number}: {error}")
     if problems:
@@ -58,6 +65,60 @@ def read_grades(path: str | Path) -> list[Grade]:
             f"{path} has no grades in {len(files)} .jsonl files; grade images with `pathalign grade` first."
         )
     return grades
+
+
+def grade_files(folder: Path) -> list[Path]:
+    """The files below a folder that hold grades, sorted."""
+    others = [folder / name for name in OTHER_ROWS]
+    found = [
+        path for path in folder.rglob("*") if path.is_file() and not any(other in path.parents for other in others)
+    ]
+    return sorted(
+        path
+        for path in found
+        if path.suffix == ".jsonl" or (path.suffix == ".parquet" and compacted_kind(path) == "grade")
+    )
+
+
+def compacted_kind(table: Path | bytes) -> str | None:
+    """Kind of the rows of a Parquet file that `pathalign feedback compact` wrote; None for any other file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        metadata = pyarrow.parquet.read_schema(_openable(table)).metadata or {}
+    except (pyarrow.ArrowException, OSError):
+        return None
+    kind: bytes | None = metadata.get(COMPACTED_KEY)
+    return kind.decode() if kind else None
+
+
+def table_rows(table: Path | bytes) -> list[dict[str, Any]]:
+    """Rows of a Parquet file; an empty cell is an absent key, which means the same to all that read rows.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(_openable(table)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        name = table if isinstance(table, Path) else "The file"
+        raise InputError(f"{name} cannot be read as Parquet ({error}); fetch or compact it again.") from error
+    return [{key: value for key, value in row.items() if value is not None} for row in rows]
+
+
+def _openable(table: Path | bytes) -> Any:
+    return table if isinstance(table, Path) else io.BytesIO(table)
+
+
+def _entries(file: Path) -> Iterator[bytes | dict[str, Any]]:
+    if file.suffix == ".parquet":
+        yield from table_rows(file)
+    else:
+        yield from (line.strip() for line in file.read_bytes().splitlines())
 
 
 def current_grades(grades: Sequence[Grade]) -> CurrentGrades:
@@ -120,8 +181,8 @@ def _check_corrections(by_id: dict[str, Grade], standing: Sequence[Grade]) -> No
         raise InputError(f"Corrections cannot be followed; mend `supersedes` of these grades:\n{_examples(problems)}")
 
 
-def _parse(line: bytes) -> Grade:
-    row = json.loads(line)
+def _parse(entry: bytes | dict[str, Any]) -> Grade:
+    row = json.loads(entry) if isinstance(entry, bytes) else entry
     if not isinstance(row, dict):
         raise InputError(f"holds a {type(row).__name__}; a grade is a JSON object.")
     grade = Grade.from_mapping(row)

@@ -10,6 +10,7 @@ import json
 import platform
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,9 @@ from typing import Any
 import yaml
 
 VERDICTS = ("plausible", "implausible", "unsure")
+CHOICES = ("left", "right", "tie", "both_bad")
+MODES = ("single", "grid", "pairwise")
+DRAWN_BY = ("random", "uncertainty")
 DISCLAIMER = "Synthetic images for research only. Never for diagnosis."
 RUBRIC_DIR = Path(__file__).parent / "grading" / "rubrics"
 
@@ -69,6 +73,19 @@ class Rubric:
             content = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"The checklist {path} is not valid YAML: {error}") from error
+        return cls.from_mapping(content, str(path))
+
+    @classmethod
+    def from_mapping(cls, content: Any, source: str) -> Rubric:
+        """Build a checklist from parsed YAML.
+
+        Args:
+            content: Mapping with `name`, `version` and `criteria`.
+            source: Where it stands, for the error.
+
+        Raises:
+            InputError: If it is no such mapping, a key is missing, or two criteria have one name.
+        """
         try:
             criteria = tuple(
                 Criterion(
@@ -79,12 +96,15 @@ class Rubric:
                 )
                 for entry in content["criteria"]
             )
-            return cls(name=content["name"], version=str(content["version"]), criteria=criteria)
+            rubric = cls(name=content["name"], version=str(content["version"]), criteria=criteria)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"The checklist {path} lacks or misuses {error}; it needs `name`, `version` and a list `criteria` "
+                f"The checklist {source} lacks or misuses {error}; it needs `name`, `version` and a list `criteria` "
                 "whose entries have `name` and `question`."
             ) from error
+        if repeated := sorted(name for name, n in Counter(entry.name for entry in criteria).items() if n > 1):
+            raise InputError(f"The checklist {source} has several criteria named {repeated}; give each its own name.")
+        return rubric
 
 
 @dataclass(frozen=True)
@@ -101,9 +121,12 @@ class Grade:
     confidence: float | None = None  # 0..1
     comment: str | None = None
     supersedes: str | None = None
-    mode: str = "single"  # single, grid or pairwise
-    active_ms: int | None = None
-    idle_ms: int | None = None
+    mode: str = "single"  # one of MODES
+    session: str | None = None  # one visit of the grader in one browser
+    drawn_by: str = "random"  # one of DRAWN_BY: how the image came up; only random ones give unbiased shares
+    active_ms: int | None = None  # looking at the image and at work
+    idle_ms: int | None = None  # in front, without a key or a pointer moving
+    hidden_ms: int | None = None  # the page was in another tab or minimized
     rubric_version: str = ""
     app_version: str = ""
     recorded_at: str = ""  # ISO 8601, UTC
@@ -118,7 +141,8 @@ class Grade:
         """Build a grade from a parsed JSON row.
 
         Raises:
-            InputError: If a required key is missing, a key is unknown or the verdict is not one of `VERDICTS`.
+            InputError: If a required key is missing, a key is unknown, or the verdict or `drawn_by` is none of those
+                that exist.
         """
         unknown = sorted(set(row) - set(cls.__dataclass_fields__))
         missing = [key for key in ("grade_id", "image_id", "class_label", "verdict", "grader") if not row.get(key)]
@@ -126,7 +150,52 @@ class Grade:
             raise InputError(f"A grade has unknown keys {unknown} or lacks {missing}: {dict(row)}")
         if row["verdict"] not in VERDICTS:
             raise InputError(f"Grade {row['grade_id']} has verdict {row['verdict']!r}; use one of {VERDICTS}.")
+        if row.get("drawn_by", "random") not in DRAWN_BY:
+            raise InputError(f"Grade {row['grade_id']} is drawn by {row['drawn_by']!r}; use one of {DRAWN_BY}.")
         return cls(**{**row, "failed_criteria": tuple(row.get("failed_criteria") or ())})
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One grader's choice between two images of one class. A correction names the old one in `supersedes`."""
+
+    preference_id: str
+    class_label: str
+    left_image_id: str  # as it was shown: sides are random
+    right_image_id: str
+    choice: str  # one of CHOICES
+    grader: str  # pseudonym
+    supersedes: str | None = None
+    session: str | None = None
+    active_ms: int | None = None
+    idle_ms: int | None = None
+    hidden_ms: int | None = None
+    rubric_version: str = ""
+    app_version: str = ""
+    recorded_at: str = ""  # ISO 8601, UTC
+
+    def to_json(self) -> str:
+        """One line of JSON, keys sorted: the same preference always gives the same bytes."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_mapping(cls, row: Mapping[str, Any]) -> Preference:
+        """Build a preference from a parsed JSON row.
+
+        Raises:
+            InputError: If a required key is missing, a key is unknown, the choice is not one of `CHOICES`, or an image
+                stands on both sides.
+        """
+        required = ("preference_id", "class_label", "left_image_id", "right_image_id", "choice", "grader")
+        unknown = sorted(set(row) - set(cls.__dataclass_fields__))
+        missing = [key for key in required if not row.get(key)]
+        if unknown or missing:
+            raise InputError(f"A preference has unknown keys {unknown} or lacks {missing}: {dict(row)}")
+        if row["choice"] not in CHOICES:
+            raise InputError(f"Preference {row['preference_id']} is {row['choice']!r}; use one of {CHOICES}.")
+        if row["left_image_id"] == row["right_image_id"]:
+            raise InputError(f"Preference {row['preference_id']} has image {row['left_image_id']} on both sides.")
+        return cls(**row)
 
 
 @dataclass
