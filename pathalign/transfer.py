@@ -1,0 +1,120 @@
+"""What people type to take grades out of a study and to bring others in: `pathalign grade export` and `grade import`.
+
+A module beside `cli.py`, which hangs these commands into its group and prints what they return. Heavy imports happen
+when a command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pathalign.config import ConfigError
+from pathalign.schema import DISCLAIMER, VERDICTS
+
+if TYPE_CHECKING:
+    from pathalign.schema import RunRecord
+
+FORMATS = ("jsonl", "csv", "parquet", "paper", "preferences")
+LAYOUTS = ("auto", "paper", "label-studio", "table")
+SET = "PATH_OR_REPO_ID"
+
+
+@click.command("export", epilog=DISCLAIMER)
+@click.argument("source", metavar="STUDY_OR_GRADES")
+@click.option("--candidates", metavar=SET, help="Images that were graded; a study names its own.")
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(FORMATS),
+    multiple=True,
+    default=FORMATS[:3],
+    show_default=True,
+    help="Give it once for each. `paper`: CLASS/normal and CLASS/abnormal; `preferences`: pairs for DPO.",
+)
+@click.option("--simulated", is_flag=True, help="Simulated grades too; every file then says so.")
+@click.option("--comments/--no-comments", default=True, show_default=True, help="The graders' free text too.")
+@click.option(
+    "--output-dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    default="runs/export",
+    show_default=True,
+    help="Folder that is made.",
+)
+def export_command(
+    source: str, candidates: str | None, formats: tuple[str, ...], simulated: bool, comments: bool, folder: Path
+) -> tuple[RunRecord, Path]:
+    """Write grades and pairwise choices for others, by pseudonyms only.
+
+    STUDY_OR_GRADES is a study's YAML file, the folder or hf://datasets/USER/REPO where its grades go, or a .jsonl file.
+    """
+    from pathalign.grading.exports import ExportOptions, export_from
+
+    options = ExportOptions(tuple(dict.fromkeys(formats)), simulated, comments)
+    return export_from(source, folder, options, candidates), folder
+
+
+@click.command("import", epilog=DISCLAIMER)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    default="auto",
+    show_default=True,
+    help="`paper`: CLASS/normal and CLASS/abnormal, or a CSV whose label 1 means implausible. `table`: an export.",
+)
+@click.option("--candidates", metavar=SET, help="The candidate set that was graded, if there is one.")
+@click.option("--images", type=click.Path(path_type=Path), help="Folder of the images that Label Studio names.")
+@click.option("--verdict-field", metavar="NAME", help="Label Studio's choices that hold the verdict.  [default: found]")
+@click.option("--verdict", "words", multiple=True, metavar="CHOICE=VERDICT", help="What a choice means.")
+@click.option("--criteria-field", metavar="NAME", default="failed_criteria", help="The choices that name criteria.")
+@click.option("--grader", default="imported", show_default=True, help="Pseudonym, where the source names nobody.")
+@click.option("--rubric-version", default="", help="Checklist that the verdicts were given against.")
+@click.option(
+    "--output-dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    default="runs/imported",
+    show_default=True,
+    help="Folder that is made.",
+)
+def import_command(
+    source: Path,
+    layout: str,
+    candidates: str | None,
+    images: Path | None,
+    verdict_field: str | None,
+    words: tuple[str, ...],
+    criteria_field: str,
+    grader: str,
+    rubric_version: str,
+    folder: Path,
+) -> tuple[RunRecord, Path]:
+    """Read grades from elsewhere: the paper's folders, a Label Studio JSON export, or a table of `grade export`.
+
+    Makes a folder with `grades.jsonl`, and with the images where they came along, for `pathalign feedback`.
+    """
+    from pathalign.grading.imports import import_grades
+    from pathalign.grading.label_studio import Reading
+
+    reading = Reading(verdict_field, criteria_field, parse_words(words))
+    record = import_grades(source, folder, layout, candidates, images, reading, grader, rubric_version)
+    return record, folder
+
+
+def parse_words(pairs: Iterable[str]) -> dict[str, str]:
+    """`["Looks real=plausible"]` to a mapping.
+
+    Raises:
+        ConfigError: With every pair that lacks `=` or does not end in a verdict.
+    """
+    found = {choice: verdict for choice, _, verdict in (pair.rpartition("=") for pair in pairs)}
+    wrong = [pair for pair in pairs if "=" not in pair or pair.rpartition("=")[2] not in VERDICTS]
+    if wrong:
+        wanted = f"write `--verdict 'CHOICE=VERDICT'` with one of {', '.join(VERDICTS)}."
+        raise ConfigError("Choices", [f"`--verdict {pair}`: {wanted}" for pair in wrong])
+    return found

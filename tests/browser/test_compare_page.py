@@ -1,0 +1,205 @@
+"""The compare page in a real browser: same seeds side by side, blind votes that are recorded, or a clear message."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, Request, sync_playwright
+from test_results import space_module
+from test_versus import save_models
+
+from pathalign.grading.exports import read_recorded
+from pathalign.images import ImageSet
+
+SERIOUS = ("serious", "critical")
+WAIT_MS = 90_000  # a loaded machine is slow, not wrong
+
+
+@dataclass
+class Server:
+    address: str
+    app: ModuleType
+    ballot: object
+    votes: Path
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+def serve(app: ModuleType, arguments: list[str]) -> tuple[str, object, object]:
+    """What `main` does, without blocking: address, page, ballot."""
+    options = app.read_options([*arguments, "--port", str(free_port())])
+    comparison, ballot, problem = app.open_all(options)
+    page = app.build_page(comparison, ballot, problem)
+    app.launch(page, options.host, options.port, block=False)
+    return f"http://{options.host}:{options.port}", page, ballot
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    from pathalign.settings.pretrain import PretrainConfig
+    from pathalign.trainers.pretrain import new_pipeline
+
+    folder = tmp_path_factory.mktemp("compare")
+    pipeline = new_pipeline(PretrainConfig(block_out_channels=[8, 16], attention_levels=[1]), 16, ("a_b", "c<d"))
+    base, adapter = save_models(folder, pipeline)
+    app = space_module("compare/app")
+    arguments = ["--base-model", base, "--aligned-adapter", adapter, "--inference-steps", "2"]
+    arguments += ["--votes", str(folder / "votes"), "--pairs-per-class", "3"]
+    address, page, ballot = serve(app, arguments)
+    yield Server(address, app, ballot, folder / "votes")
+    page.close()
+    ballot.votes.outbox.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("no chromium; install Debian's package of that name")
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        instance = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield instance
+        instance.close()
+
+
+def new_page(browser: Browser, width: int = 1440, scheme: str = "light") -> Page:
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(WAIT_MS)
+    return page
+
+
+def opened(browser: Browser, address: str, width: int = 1440, scheme: str = "light") -> Page:
+    page = new_page(browser, width, scheme)
+    page.goto(address)
+    page.locator("figure img").first.wait_for()
+    return page
+
+
+def pictures(page: Page) -> list[str]:
+    return page.evaluate("[...document.querySelectorAll('figure img')].filter(i => i.offsetParent).map(i => i.src)")
+
+
+def without_pictures(text: str) -> str:
+    """Base64 may spell any word by chance."""
+    return re.sub(r"data:image/png;base64,[\w+/=]+", "", text)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 820, 1440])
+def test_both_tabs_fit_the_screen_and_have_no_serious_accessibility_fault(browser, server, width, scheme):
+    page = opened(browser, server.address, width, scheme)
+    for tab in ("Side by side", "Blind vote"):
+        page.get_by_role("tab", name=tab).click()
+        page.locator("figure img").locator("visible=true").first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, tab
+        found = Axe().run(page).response["violations"]
+        assert [(fault["id"], fault["nodes"][0]["html"]) for fault in found if fault["impact"] in SERIOUS] == [], tab
+    page.close()
+
+
+def test_a_class_is_chosen_by_its_button_and_shown_with_the_same_seeds(browser, server):
+    page = opened(browser, server.address)
+    assert page.locator(".pathalign h2").first.inner_text() == "a b, same seeds"
+    first = pictures(page)
+    assert len(first) == 12
+    assert page.locator("figcaption").all_inner_texts()[:4] == ["Base", "Aligned", "Base", "Aligned"]
+    assert page.locator(".pairs p").all_inner_texts()[:6] == [f"seed {n}" for n in range(6)]
+    page.get_by_role("button", name="c<d").click()
+    page.get_by_text("c<d, same seeds").wait_for()
+    assert set(pictures(page)).isdisjoint(first)
+    page.get_by_role("button", name="Other seeds").click()
+    page.get_by_text("seed 11", exact=True).wait_for()
+    assert page.locator(".pathalign h2").first.inner_text() == "c<d, same seeds"
+    page.close()
+
+
+def test_a_vote_is_recorded_under_a_pseudonym_and_tells_the_browser_nothing_of_the_sides(browser, server):
+    page = new_page(browser)
+    outside: list[str] = []
+    finished: list[Request] = []
+    page.on("request", lambda request: outside.append(request.url))
+    page.on("requestfinished", lambda request: finished.append(request))
+    page.goto(server.address)
+    page.get_by_role("tab", name="Blind vote").click()
+    shown = []
+    for number, button in enumerate(("A is more plausible", "B is more plausible", "Equal", "Both bad")):
+        page.get_by_text(f"{number} of 6 votes recorded.").wait_for()
+        page.wait_for_timeout(400)
+        blind = page.locator(".blind").inner_html()
+        assert "Image A" in blind and "Image B" in blind
+        assert not [word for word in ("base", "aligned", "seed") if word in without_pictures(blind).lower()]
+        shown += pictures(page)
+        page.get_by_role("button", name=button).click()
+    page.get_by_text("4 of 6 votes recorded.").wait_for()
+    assert len(set(shown)) == 8
+    answers = "\n".join(request.response().text() for request in finished if "/queue/data" in request.url)
+    messages = [line for line in answers.splitlines() if "votes recorded" in line]  # the other tab names its images
+    assert len(messages) >= 4
+    rows = server.ballot.votes.outbox.rows("preference")
+    kept = [row[key] for row in rows for key in ("left_image_id", "right_image_id", "preference_id", "grader")]
+    assert len(kept) == 16
+    assert [word for word in kept if word in answers] == []
+    told = without_pictures("".join(messages)).lower()
+    assert [word for word in ("aligned", "seed") if word in told] == []
+    server.ballot.votes.outbox.flush()
+    rows = read_recorded(server.votes).preferences
+    assert [row.choice for row in rows] == ["left", "right", "tie", "both_bad"]
+    assert len({row.preference_id for row in rows}) == 4
+    assert {row.grader for row in rows} == {rows[0].grader}
+    assert rows[0].grader.startswith("grader-")
+    candidates = ImageSet.load(server.votes / server.ballot.folder)
+    assert {row.left_image_id for row in rows} <= set(candidates.image_ids)
+    local = (server.address, server.address.replace("http", "ws"), "data:", "blob:")
+    assert [url for url in outside if not url.startswith(local)] == []
+    page.close()
+
+
+def test_two_quick_clicks_are_one_vote_and_the_end_says_so(browser, server):
+    page = new_page(browser)
+    page.goto(server.address)
+    page.get_by_role("tab", name="Blind vote").click()
+    done = int(page.get_by_text("votes recorded.").inner_text().split()[0])
+    page.wait_for_timeout(400)
+    page.get_by_role("button", name="A is more plausible").dblclick()
+    page.get_by_text(f"{done + 1} of 6 votes recorded.").wait_for()
+    page.wait_for_timeout(800)
+    assert page.get_by_text(f"{done + 1} of 6 votes recorded.").is_visible()
+    for number in range(done + 1, 6):
+        page.get_by_text(f"{number} of 6 votes recorded.").wait_for()
+        page.wait_for_timeout(400)
+        page.get_by_role("button", name="Equal").click()
+    page.get_by_text("All 6 pairs are judged").wait_for()
+    page.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "No models are named"),
+        (["--base-model", "nowhere/x/y", "--aligned-adapter", "z"], "No pipeline can be loaded"),
+    ],
+)
+def test_without_models_the_page_says_how_to_name_them(browser, arguments, message):
+    app = space_module("compare/app")
+    address, served, _ = serve(app, arguments)
+    page = new_page(browser, 390)
+    page.goto(address)
+    page.get_by_text(message).wait_for()
+    assert "Never for diagnosis" in page.inner_text("body")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    if not arguments:
+        assert "--base-model runs/demo/base --aligned-adapter runs/demo/adapter" in page.inner_text("body")
+    page.close()
+    served.close()

@@ -1,0 +1,205 @@
+"""Two models against each other: the same noise for both, blind sides, and votes that are kept like grades."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import SpaceCard
+from packaging.requirements import Requirement
+from test_results import space_module
+
+from pathalign.diffusion import lora
+from pathalign.generate import load_pipeline, sample, set_scheduler
+from pathalign.grading.exports import ExportOptions, export, read_recorded
+from pathalign.grading.outbox import Outbox
+from pathalign.grading.sinks import FolderSink
+from pathalign.grading.versus import ALIGNED, BASE, NAMING, Comparison, Contender, Votes, contenders, keep_pool
+from pathalign.images import ImageSet
+from pathalign.schema import DISCLAIMER, InputError
+
+PROJECT = Path(__file__).resolve().parents[1]
+COMPARE = PROJECT / "spaces" / "compare"
+
+
+def save_models(folder: Path, pipeline) -> tuple[str, str]:
+    """A base pipeline and an adapter that changes it, on disk."""
+    pipeline.save_pretrained(folder / "base")
+    generator = torch.Generator().manual_seed(1)
+    lora.attach(pipeline.unet, rank=2, alpha=4, convolutions=True, generator=generator)
+    for name, parameter in lora.parameters(pipeline.unet).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    lora.save(pipeline.unet, folder / "adapter")
+    return str(folder / "base"), str(folder / "adapter")
+
+
+@pytest.fixture
+def comparison(tmp_path, tiny_pipeline) -> Comparison:
+    base, adapter = save_models(tmp_path, tiny_pipeline)
+    return Comparison(Contender(base), Contender(base, adapter), inference_steps=2)
+
+
+@pytest.fixture
+def pool(comparison) -> ImageSet:
+    return comparison.pool(2)
+
+
+class Clock:
+    now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        self.now += 10
+        return self.now
+
+
+@pytest.fixture
+def outbox(tmp_path):
+    box = Outbox(tmp_path / "state", FolderSink(tmp_path / "votes"), start=False)
+    yield box
+    box.close()
+
+
+def test_both_models_start_from_the_same_noise(comparison, tmp_path):
+    drawn = comparison.draw("b", (5, 6))
+    plain = load_pipeline(str(tmp_path / "base"))
+    set_scheduler(plain, "dpmsolver++")
+    torch.testing.assert_close(drawn[BASE], sample(plain, [1, 1], [5, 6], 2))
+    lora.load(plain, str(tmp_path / "adapter"))
+    torch.testing.assert_close(drawn[ALIGNED], sample(plain, [1, 1], [5, 6], 2))
+    assert not torch.equal(drawn[BASE], drawn[ALIGNED])
+    assert comparison.draw("b", (5, 6)) is drawn  # kept
+
+
+def test_models_are_named_as_two_pipelines_or_adapters_and_nothing_named_says_how():
+    assert contenders("base", None, None, "adapter") == (Contender("base"), Contender("base", "adapter"))
+    assert contenders("base", "one", None, "two") == (Contender("base", "one"), Contender("base", "two"))
+    assert contenders("base", "", "other", "") == (Contender("base"), Contender("other"))
+    for named in ((None,) * 4, ("base", None, None, None), (None, None, "other", "adapter"), ("base", "one", "", "")):
+        with pytest.raises(InputError, match="No models are named") as error:
+            contenders(*named)
+        assert str(error.value) == NAMING
+    with pytest.raises(InputError, match="Both models are base"):
+        contenders("base", None, "base", None)
+
+
+def test_models_without_a_common_class_and_unknown_samplers_are_refused(tmp_path, tiny_pipeline):
+    base, adapter = save_models(tmp_path, tiny_pipeline)
+    other = shutil.copytree(base, tmp_path / "other")
+    config = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps(config | {"id2label": {"0": "x", "1": "y", "2": "z"}}))
+    with pytest.raises(InputError, match=r"no class in common: \['a', 'b', 'c'\] against \['x', 'y', 'z'\]"):
+        Comparison(Contender(base), Contender(str(other)))
+    with pytest.raises(InputError, match=r"There is no sampler 'dimm'. Did you mean 'ddim'"):
+        Comparison(Contender(base), Contender(base, adapter), scheduler="dimm")
+
+
+def test_every_pair_comes_once_in_an_order_and_on_sides_of_chance(pool, outbox):
+    votes = Votes(pool, outbox, b"secret", Clock())
+    role = dict(zip(pool.image_ids, pool.columns["role"], strict=True))
+    seen, orders, sides = [], [], set()
+    for grader in ("grader-1", "grader-2", "grader-3"):
+        order = []
+        while showing := votes.next_showing(grader):
+            assert {role[showing.left_id], role[showing.right_id]} == {BASE, ALIGNED}
+            sides.add(role[showing.left_id])
+            order.append(frozenset((showing.left_id, showing.right_id)))
+            assert votes.record(grader, showing, "left", "session")
+        assert votes.progress(grader) == (6, 6)
+        orders.append(tuple(order))
+        seen += order
+    assert {len(set(order)) for order in orders} == {6}
+    assert len(set(orders)) == 3
+    assert sides == {BASE, ALIGNED}  # 18 sides all alike: 1 in 131,072
+
+
+def test_a_vote_is_recorded_once_and_a_click_that_comes_too_soon_is_none(pool, outbox):
+    clock = Clock()
+    votes = Votes(pool, outbox, b"secret", clock)
+    showing = votes.next_showing("grader-1")
+    clock.now -= 9.9
+    assert not votes.record("grader-1", showing, "left", "session")
+    assert outbox.rows("preference") == []
+    threads = [
+        threading.Thread(target=votes.record, args=("grader-1", showing, choice, "session"))
+        for choice in ("right", "right", "right", "tie")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (row,) = outbox.rows("preference")
+    assert row["preference_id"] == showing.preference_id
+    assert row["grader"] == "grader-1"
+    assert not {"role", "seed", "model", "name"} & set(row)
+    with pytest.raises(InputError, match="Did you mean 'left'"):
+        votes.record("grader-1", showing, "lift", "session")
+
+
+def test_votes_go_on_after_a_restart_with_an_empty_disk(pool, outbox, tmp_path):
+    votes = Votes(pool, outbox, b"secret", Clock())
+    for _ in range(4):
+        assert votes.record("grader-1", votes.next_showing("grader-1"), "left", "session")
+    assert outbox.flush()
+    fresh = Outbox(tmp_path / "fresh", FolderSink(tmp_path / "votes"), start=False)
+    fresh.restore()
+    assert Votes(pool, fresh, b"secret").progress("grader-1") == (4, 6)
+    fresh.close()
+
+
+def test_votes_become_pairs_for_dpo_and_say_how_often_the_aligned_model_won(pool, outbox, tmp_path):
+    folder = keep_pool(pool, FolderSink(tmp_path / "votes"))
+    assert keep_pool(pool, FolderSink(tmp_path / "votes")) == folder
+    votes = Votes(pool, outbox, b"secret", Clock())
+    role = dict(zip(pool.image_ids, pool.columns["role"], strict=True))
+    for turn in range(6):
+        showing = votes.next_showing("grader-1a2b3c4d")
+        aligned = "left" if role[showing.left_id] == ALIGNED else "right"
+        other = "right" if aligned == "left" else "left"
+        assert votes.record("grader-1a2b3c4d", showing, [aligned, aligned, aligned, other, "tie", "tie"][turn], "s")
+    assert outbox.flush()
+    candidates = ImageSet.load(tmp_path / "votes" / folder)
+    assert candidates.image_ids == pool.image_ids
+    record = export(read_recorded(tmp_path / "votes"), tmp_path / "out", ExportOptions(("preferences",)), candidates)
+    found = record.metrics["preferences"]
+    assert (found["pairs"], found["undecided"]) == (4, 2)
+    assert (found["aligned_over_base"]["wins"]["value"], found["aligned_over_base"]["ties"]) == (0.75, 2)
+
+
+def test_a_pair_of_equal_images_is_not_asked_about(pool, outbox):
+    ids = list(pool.image_ids)
+    ids[1] = ids[0]
+    assert len(Votes(replace(pool, image_ids=tuple(ids)), outbox, b"s").pairs) == 5
+
+
+def test_the_space_pins_what_was_tested_and_says_what_it_is_not_for():
+    data = SpaceCard.load(COMPARE / "README.md").data.to_dict()
+    lines = (PROJECT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert (data["sdk"], data["sdk_version"], data["app_file"]) == ("gradio", pinned["gradio"], "app.py")
+    assert (data["license"], data["hf_oauth"]) == ("apache-2.0", True)
+    assert len(data["short_description"]) <= 60
+    found = {entry.name: entry for entry in map(Requirement, (COMPARE / "requirements.txt").read_text().split())}
+    assert str(found["pathalign"].specifier) == f"=={version('pathalign')}"
+    assert str(found["gradio"].specifier) == f"=={pinned['gradio']}"
+    assert DISCLAIMER in (COMPARE / "README.md").read_text()
+    for name in ("app.py", "page.css"):
+        assert not re.search(r"https?://[a-z0-9-]+\.[a-z]", (COMPARE / name).read_text()), name
+
+
+def test_every_option_of_the_space_is_a_variable_too_but_for_host_and_port(monkeypatch):
+    app = space_module("compare/app")
+    monkeypatch.setenv("BASE_MODEL", "user/base")
+    monkeypatch.setenv("INFERENCE_STEPS", "25")
+    monkeypatch.setenv("HOST", "machine.of.somebody")
+    options = app.read_options(["--aligned-adapter", "user/adapter"])
+    assert (options.base_model, options.aligned_adapter, options.inference_steps) == ("user/base", "user/adapter", 25)
+    assert options.host == "127.0.0.1"
+    assert app.open_all(app.read_options(["--base-model", "base"]))[2] == NAMING
