@@ -22,6 +22,7 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
+from pathalign import commands, transfer
 from pathalign.config import (
     ConfigError,
     StageConfig,
@@ -155,6 +156,30 @@ def stage_command(name: str, stage: str, output_dir: str, extra: tuple[click.Par
     )
 
 
+def with_subcommands(command: click.Command) -> click.Group:
+    """A stage that others stand beside: without a subcommand it runs as ever."""
+    run = command.callback
+    assert run is not None
+
+    def callback(**options: Any) -> None:
+        context = click.get_current_context()
+        if context.invoked_subcommand is None:
+            run(**options)
+        elif given := given_settings({key: value for key, value in options.items() if value is not False}):
+            name = next(iter(given)).replace("_", "-")
+            raise click.UsageError(f"Give the options of `{context.invoked_subcommand}` after its name; see --{name}.")
+
+    return click.Group(
+        command.name,
+        params=command.params,
+        callback=callback,
+        help=command.help,
+        short_help=command.short_help,
+        invoke_without_command=True,
+        subcommand_metavar="[COMMAND]",
+    )
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Send what libraries print to stderr, and switch off their progress bars and warnings; ours remain."""
@@ -182,6 +207,21 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def printed(command: click.Command) -> click.Command:
+    """Let a command whose callback returns a run record and its folder print them, as JSON if asked."""
+    make = command.callback
+    assert make is not None
+
+    def callback(as_json: bool, **options: Any) -> None:
+        with _quiet():
+            record, folder = make(**options)
+        _print({**asdict(record), "output_dir": str(folder)}, as_json, f"{folder}")
+
+    command.callback = callback
+    command.params.append(click.Option(["--json", "as_json"], is_flag=True, help=JSON_HELP))
+    return command
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="pathalign")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the warnings of libraries.")
@@ -194,11 +234,15 @@ def main(debug: bool) -> None:
 
 @click.group()
 def grade() -> None:
-    """Simulated graders: fit one on real images, let some grade candidates."""
+    """Grade candidates: experts in a browser, or simulated graders fitted on real images."""
 
 
 grade.add_command(stage_command("fit", "graders", "runs/{role}"))
 grade.add_command(stage_command("simulate", "grade", "runs/grades"))
+grade.add_command(commands.serve_command)
+grade.add_command(commands.invite_command)
+grade.add_command(printed(transfer.export_command))
+grade.add_command(printed(transfer.import_command))
 
 METHOD_OPTION = click.Option(
     ["--method"],
@@ -211,10 +255,27 @@ main.add_command(stage_command("data", "data", "runs/data"))
 main.add_command(stage_command("pretrain", "pretrain", "runs/base"))
 main.add_command(stage_command("generate", "generate", "runs/candidates"))
 main.add_command(grade)
-main.add_command(stage_command("feedback", "feedback", "runs/feedback"))
+feedback = with_subcommands(stage_command("feedback", "feedback", "runs/feedback"))
+main.add_command(feedback)
 main.add_command(stage_command("reward", "reward", "runs/reward"))
 main.add_command(stage_command("align", "align", "runs/adapter", (METHOD_OPTION,)))
 main.add_command(stage_command("evaluate", "evaluate", "runs/evaluation"))
+
+
+@feedback.command("compact", short_help="Many small files of grades to one Parquet file.")
+@click.argument("source", metavar="SINK")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Parquet file that is made or added to.")
+@click.option("--kind", type=click.Choice(["grade", "preference", "session"]), default="grade", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+def compact_command(source: str, output: Path, kind: str, as_json: bool) -> None:
+    """Write all rows of SINK into one Parquet file; a row that was sent twice is in it once.
+
+    SINK is the folder or hf://datasets/USER/REPO where a study's grades go, or any folder with .jsonl files of grades.
+    It is not touched. Rows of an earlier file at --output stay in it.
+    """
+    with _quiet():
+        made = load("pathalign.grading.compact:compact")(source, output, kind)
+    _print(asdict(made), as_json, f"{made.rows} rows, {made.duplicates} duplicates left out: {made.path}")
 
 
 @main.command("run")

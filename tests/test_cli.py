@@ -18,7 +18,9 @@ from pathalign.stages import STAGES, stage_names
 
 PROJECT = Path(__file__).resolve().parents[1]
 COMMANDS = ["data", "pretrain", "generate", "grade", "grade fit", "grade simulate", "feedback", "reward", "align"]
-COMMANDS += ["evaluate", "run", "demo"]
+COMMANDS += ["evaluate", "run", "demo", "grade serve", "grade invite", "grade export", "grade import"]
+COMMANDS += ["feedback compact"]
+NO_STAGES = ["grade", "run", "demo", "grade serve", "grade invite", "grade export", "grade import", "feedback compact"]
 
 
 def invoke(*arguments: str):
@@ -159,7 +161,7 @@ def test_graders_are_written_where_their_role_says(fake_stage):
     assert fake_stage.calls[-1][1] == Path("runs/judge")
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("grade", "run", "demo")])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in NO_STAGES])
 def test_json_is_all_that_a_stage_prints_on_stdout(fake_stage, command):
     needed = ["--data", "a", "--before", "b", "--after", "c", "--judge", "d"] if command == "evaluate" else []
     result = invoke(*command.split(), "--json", "--output-dir", "there", *needed)
