@@ -2,8 +2,8 @@
 
     python tests/benchmarks/real_cells.py --data DIR_OR_HUB_ID --output-dir runs/real_cells --seeds 0 1 2
 
-About a quarter of an hour on two cores for each seed; what is finished is not run again. Prints one line for each seed and,
-last, one JSON object with the shares, gains and costs of all of them. Every verdict is a simulated judge's.
+About a quarter of an hour on two cores for each seed; what is finished is not run again. Prints one line for each seed
+and, last, one JSON object with the shares, gains and costs of all of them. Every verdict is a simulated judge's.
 """
 
 from __future__ import annotations
