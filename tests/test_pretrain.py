@@ -24,7 +24,7 @@ from pathalign.randomness import seeded
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.pretrain import PretrainConfig
 from pathalign.trainers.base import RunFolder, cosine_rate, require_finite
-from pathalign.trainers.pretrain import PretrainTrainer, denoising_loss, new_pipeline, pretrain
+from pathalign.trainers.pretrain import PretrainTrainer, denoising_loss, evenly_spread, new_pipeline, pretrain
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -363,3 +363,12 @@ def test_two_processes_train_like_one_with_twice_the_batch(config: PretrainConfi
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=2e-4)
     losses = [line["validation_loss"] for line in log(tmp_path / "two")]
     assert losses == pytest.approx([line["validation_loss"] for line in log(tmp_path / "one")], rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 8, 1000, 2500])
+def test_timesteps_are_spread_evenly_over_the_schedule_in_random_order(count):
+    timesteps = evenly_spread(count, 1000, torch.Generator().manual_seed(3))
+    assert timesteps.shape == (count,) and timesteps.min() >= 0 and timesteps.max() <= 999
+    found = torch.histc(timesteps.float(), bins=min(count, 8), min=0, max=1000)
+    assert found.max() - found.min() <= 1
+    assert count < 8 or not torch.equal(timesteps, timesteps.sort().values)

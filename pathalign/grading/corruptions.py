@@ -20,8 +20,8 @@ def corrupt(pixel_values: Tensor, partners: Tensor, generator: torch.Generator) 
         generator: Source of all randomness, on the CPU.
 
     Returns:
-        Same shape. A share of a quarter each: warped, blended with the partner, patched with parts of the partner, or
-        overlaid with blotches.
+        Same shape. A share of a quarter each: warped, from bent to ragged; blended with the partner; patched with parts
+        of the partner; or overlaid with blotches.
     """
     ways = (
         _warp(pixel_values, generator),
@@ -43,10 +43,12 @@ def _smooth_noise(count: int, channels: int, size: int, cells: int, generator: t
 
 
 def _warp(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Elastic deformation by two to five pixels at 32 px."""
+    """Elastic deformation: from a bent cell (waves of six pixels at 32 px) to a ragged outline (waves of two)."""
     count, _, size, _ = images.shape
     straight = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), list(images.shape), align_corners=False)
-    shift = _smooth_noise(count, 2, size, 7, generator) * _uniform(count, 0.14, 0.3, generator)
+    fields = torch.stack([_smooth_noise(count, 2, size, cells, generator) / cells for cells in (5, 8, 13)])
+    choice = torch.randint(0, len(fields), (count,), generator=generator)
+    shift = fields[choice, torch.arange(count)] * _uniform(count, 0.8, 2.0, generator)
     return F.grid_sample(images, straight + shift.permute(0, 2, 3, 1), padding_mode="reflection", align_corners=False)
 
 

@@ -205,7 +205,7 @@ def _backbone(architecture: str) -> tuple[PreTrainedModel, list[int]]:
         resnet = ResNetConfig(embedding_size=32, hidden_sizes=widths, depths=[1, 1, 1], layer_type="basic")
         return ResNetModel(resnet), widths
     widths = [48, 96, 192]
-    regnet = RegNetConfig(embedding_size=48, hidden_sizes=widths, depths=[1, 2, 2], groups_width=24, layer_type="y")
+    regnet = RegNetConfig(embedding_size=32, hidden_sizes=widths, depths=[1, 1, 2], groups_width=192, layer_type="y")
     return RegNetModel(regnet), widths
 
 

@@ -22,7 +22,7 @@ class GraderConfig(StageConfig):
     rubric: str = option(
         "white_blood_cells", "Checklist: a preset or a YAML file with the attribute values accepted for each class."
     )
-    steps: int = option(700, "Optimizer steps.", minimum=1)
+    steps: int = option(1000, "Optimizer steps.", minimum=1)
     batch_size: int = option(64, "Images in a batch.", minimum=2)
     learning_rate: float = option(2e-3, "Peak learning rate of AdamW; one cycle.", minimum=0.0)
     typicality_quantile: float = option(

@@ -32,18 +32,18 @@ class RewardWeightedConfig(StageConfig):
     )
     beta: float = option(0.3, "Weight of the denoising loss on real images.", minimum=0.0)
     rounds: int = option(3, "Times that images are drawn with the current adapter, scored and trained on.", minimum=1)
-    images_per_class: int = option(80, "Images of each class drawn in a round.", minimum=2)
+    images_per_class: int = option(70, "Images of each class drawn in a round.", minimum=2)
     inference_steps: int = option(10, "Denoising steps of these images.", minimum=1)
     guidance_scale: float = option(1.0, "Classifier-free guidance of these images; 1 is none.", minimum=0.0)
     scheduler: Literal["dpmsolver++", "ddim", "ddpm", "euler", "unipc"] = option(
         "dpmsolver++", "Sampler of these images."
     )
     sample_batch_size: int = option(50, "Images sampled at once, per device.", minimum=1)
-    steps_per_round: int = option(80, "Optimizer steps in a round.", minimum=1)
-    batch_size: int = option(32, "Synthetic images in a batch, per device.", minimum=1)
-    real_batch_size: int = option(16, "Real images in a batch, per device.", minimum=0)
+    steps_per_round: int = option(36, "Optimizer steps in a round; many overshoot, and the round is undone.", minimum=1)
+    batch_size: int = option(24, "Synthetic images in a batch, per device.", minimum=1)
+    real_batch_size: int = option(12, "Real images in a batch, per device.", minimum=0)
     learning_rate: float = option(
-        2e-3, "Peak learning rate of AdamW; warm-up, then cosine decay over all rounds.", minimum=0.0
+        1.5e-3, "Peak learning rate of AdamW; warm-up, then cosine decay over all rounds.", minimum=0.0
     )
     warmup_steps: int = option(5, "Steps of linear warm-up.", minimum=0)
     ema_decay: float = option(

@@ -32,7 +32,7 @@ from pathalign.reward import RewardModel
 from pathalign.schema import InputError, RunRecord, peak_rss_mb
 from pathalign.settings.reward_weighted import RewardWeightedConfig
 from pathalign.trainers.base import RunFolder, accelerator_for, cosine_rate, require_finite
-from pathalign.trainers.pretrain import denoising_loss, noisy_and_target
+from pathalign.trainers.pretrain import denoising_loss, evenly_spread, noisy_and_target
 from pathalign.trainers.weighting import contrastive_loss, reward_weights
 
 ADAPTER, TRAINING = 0, 1  # streams of random numbers
@@ -271,11 +271,7 @@ class RewardWeightedTrainer:
         """This process's images (turned at random), classes, noise and timesteps; timesteps are spread evenly."""
         images = random_orientations(pixel_values, generator)
         noise = torch.randn(images.shape, generator=generator)
-        steps = self.training_schedule.config.num_train_timesteps
-        spread = (
-            torch.randperm(len(images), generator=generator) + torch.rand(len(images), generator=generator)
-        ) / len(images)
-        timesteps = (spread * steps).long().clamp_max(steps - 1)
+        timesteps = evenly_spread(len(images), self.training_schedule.config.num_train_timesteps, generator)
         return self.own(images), self.own(class_ids), self.own(noise), self.own(timesteps)
 
     def own(self, values: Tensor) -> Tensor:
