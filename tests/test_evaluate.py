@@ -14,6 +14,7 @@ from pathalign.evaluate import alignment, fidelity, utility
 from pathalign.evaluate.subjects import load_subjects
 from pathalign.grading.simulated import Judgement
 from pathalign.images import ImageSet
+from pathalign.reward.calibration import evaluation
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.evaluate import EvaluateConfig
 
@@ -375,3 +376,14 @@ def test_what_got_worse_lists_every_loss_and_marks_the_clear_ones():
         "share failing nucleus": False,
         "coverage": False,
     }
+
+
+def test_the_figures_of_the_reward_model_are_those_that_the_reward_stage_wrote(tmp_path):
+    rewards, plausible = np.array([0.9, 0.2, 0.7, 0.4]), np.array([1.0, 0.0, 0.0, 1.0])
+    report = evaluation(rewards, plausible, np.array([0, 0, 1, 1]), ["a", "b"], seed=0)
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    found = stage.reward_evaluation(str(tmp_path))
+    assert found["roc_auc"] == 0.75  # of the four pairs, 0.4 against 0.7 is the wrong way round
+    assert found["n"] == 4 and found["ece"] == report["overall"]["ece"]
+    assert set(found["per_class"]) == {"a", "b"}
+    assert stage.reward_evaluation(None) == stage.reward_evaluation(str(tmp_path / "none")) == {}

@@ -266,11 +266,12 @@ def compare(
 
 
 def reward_evaluation(reward_model: str | None) -> dict[str, Any]:
-    """What the reward stage measured on held-out grades; empty where there is no such file."""
+    """What the reward stage measured on held-out grades, overall figures at the top; empty where there is no file."""
     path = Path(reward_model or "") / "evaluation.json"
     if not reward_model or not path.is_file():
         return {}
-    return dict(json.loads(path.read_text()))
+    measured = json.loads(path.read_text())
+    return {**measured.pop("overall"), **measured}
 
 
 def _inputs(config: EvaluateConfig) -> dict[str, str]:
