@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from types import ModuleType
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Page, Request
 from test_results import space_module
 from test_versus import save_models
 
@@ -60,18 +59,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield Server(address, app, ballot, folder / "votes")
     page.close()
     ballot.votes.outbox.close()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium; install Debian's package of that name")
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-        instance = playwright.chromium.launch(executable_path=chromium, args=flags)
-        yield instance
-        instance.close()
 
 
 def new_page(browser: Browser, width: int = 1440, scheme: str = "light") -> Page:

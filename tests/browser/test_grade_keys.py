@@ -6,14 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from grading_site import SLOW_LINK, Site, chromium, make_site, settle, shown, visit
+from grading_site import SLOW_LINK, Site, make_site, settle, shown, visit
 from playwright.sync_api import Browser, Page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as instance:
-        yield instance
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from grading_site import Site, chromium, make_site, settle, shown, visit
+from grading_site import Site, make_site, settle, shown, visit
 from playwright.sync_api import Browser, Page
 
 from pathalign.grades import current_grades
@@ -14,12 +14,6 @@ from pathalign.schema import Grade
 
 pytestmark = pytest.mark.slow
 IMAGES = 200
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as instance:
-        yield instance
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from grading_site import Site, chromium, make_site, visit
+from grading_site import Site, make_site, visit
 from playwright.sync_api import Browser, BrowserContext, Page
 
 pytestmark = pytest.mark.slow
@@ -14,12 +14,6 @@ WIDTHS = (390, 820, 1440)
 VIEWS = ("single", "grid", "pairwise")
 SMALLEST_TARGET_PX = 44
 SURROUND = "rgb(119, 119, 119)"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as instance:
-        yield instance
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from grading_site import Site, chromium, make_site, settle, shown, visit
+from grading_site import Site, make_site, settle, shown, visit
 from playwright.sync_api import Browser, BrowserContext, Page
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as instance:
-        yield instance
 
 
 @pytest.fixture(scope="module")
