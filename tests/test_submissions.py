@@ -34,6 +34,13 @@ def test_a_short_row_is_completed():
     }
 
 
+def test_only_a_single_image_needs_a_reason_since_a_grid_has_no_room_for_one():
+    bad = {**GOOD, "verdict": "implausible"}
+    assert check({**bad, "mode": "grid"})["failed_criteria"] == []
+    with pytest.raises(RowError, match="needs a reason"):
+        check(bad)
+
+
 def test_a_full_row_is_kept_as_it_is_with_criteria_in_the_order_of_the_checklist():
     row = {**GOOD, "verdict": "implausible", "failed_criteria": ["shape", "size", "shape"], "confidence": 0}
     row |= {"comment": " <b>odd</b>\n", "subtype": "band", "active_ms": 0, "idle_ms": 5, "hidden_ms": 7}
