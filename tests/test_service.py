@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from small_study import answer, grade_on, images, make_study, serve
+from small_study import answer, grade_on, make_study, serve
 
 from pathalign.grades import current_grades
 from pathalign.grading.sinks import FolderSink, SinkError
@@ -386,23 +386,4 @@ def test_twenty_graders_at_once_lose_nothing_and_share_the_images(tmp_path):
     first = [grade for grade in inputs.grades if inputs.showings[grade.grade_id] == 0]
     graders = Counter(grade.image_id for grade in first if inputs.images[grade.image_id]["kind"] == "synthetic")
     assert len(graders) == 300 and set(graders.values()) == {2}
-    service.close()
-
-
-@pytest.mark.slow
-def test_five_thousand_candidates_and_twenty_graders_stay_fast(tmp_path):
-    images(5000, 0, 64).save(tmp_path / "candidates")
-    images(600, 1, 64).save(tmp_path / "real")
-    service = serve(tmp_path, make_study(tmp_path), time.time)
-    spent = {"next": [], "submit": []}
-    for number in range(1500):
-        grader = f"grader-{number % 20}"
-        began = time.thread_time()
-        (item,) = service.next_items(grader, "single", 1)["items"]
-        middle = time.thread_time()
-        service.submit(grader, [answer(item, f"g{number}")])
-        spent["next"].append(middle - began)
-        spent["submit"].append(time.thread_time() - middle)
-    for times in spent.values():
-        assert sorted(times)[int(0.95 * len(times))] < 0.01  # seconds of this thread, whatever else the machine does
     service.close()
