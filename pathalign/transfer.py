@@ -18,7 +18,7 @@ from pathalign.schema import DISCLAIMER, VERDICTS
 if TYPE_CHECKING:
     from pathalign.schema import RunRecord
 
-FORMATS = ("jsonl", "csv", "parquet", "paper", "preferences")
+FORMATS = ("jsonl", "csv", "parquet", "images", "paper", "preferences")
 LAYOUTS = ("auto", "paper", "label-studio", "table")
 SET = "PATH_OR_REPO_ID"
 
@@ -31,9 +31,9 @@ SET = "PATH_OR_REPO_ID"
     "formats",
     type=click.Choice(FORMATS),
     multiple=True,
-    default=FORMATS[:3],
-    show_default=True,
-    help="Give it once for each. `paper`: CLASS/normal and CLASS/abnormal; `preferences`: pairs for DPO.",
+    help="Give it once for each. `images`: what was graded, as a candidate set for `pathalign feedback`; `paper`: "
+    "CLASS/normal and CLASS/abnormal; `preferences`: pairs for DPO.  "
+    "[default: jsonl, csv, parquet; of a study images too]",
 )
 @click.option("--simulated", is_flag=True, help="Simulated grades too; every file then says so.")
 @click.option("--comments/--no-comments", default=True, show_default=True, help="The graders' free text too.")
@@ -52,9 +52,11 @@ def export_command(
 
     STUDY_OR_GRADES is a study's YAML file, the folder or hf://datasets/USER/REPO where its grades go, or a .jsonl file.
     """
-    from pathalign.grading.exports import ExportOptions, export_from
+    from pathalign.grading.exports import TABLES, ExportOptions, export_from
 
-    options = ExportOptions(tuple(dict.fromkeys(formats)), simulated, comments)
+    is_study = Path(source).suffix.lower() in (".yaml", ".yml")
+    chosen = tuple(dict.fromkeys(formats)) or (*TABLES, *(("images",) if is_study else ()))
+    options = ExportOptions(chosen, simulated, comments)
     return export_from(source, folder, options, candidates), folder
 
 

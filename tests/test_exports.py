@@ -10,12 +10,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image
+from small_study import answer, make_study, serve
 
 from pathalign.cli import main
+from pathalign.grades import read_grades
 from pathalign.grading import exports
 from pathalign.grading.compact import compact
 from pathalign.grading.exports import ExportOptions, Recorded, csv_cell, export, pseudonyms_for, read_recorded
@@ -24,7 +27,7 @@ from pathalign.grading.sinks import SinkBusy
 from pathalign.images import ImageSet, content_id
 from pathalign.schema import DISCLAIMER, Grade, InputError, Preference
 
-ALL = ("jsonl", "csv", "parquet", "paper", "preferences")
+ALL = ("jsonl", "csv", "parquet", "images", "paper", "preferences")
 
 
 def grades_of(images: ImageSet, grader: str = "grader-1a2b3c4d", **values) -> list[Grade]:
@@ -74,7 +77,9 @@ def test_the_parquet_and_the_pairs_load_as_the_datasets_that_the_card_names(tmp_
     choices = [preference(0, tiny_images.image_ids[0], tiny_images.image_ids[3], "right")]
     export(Recorded(rows, choices), tmp_path / "out", ExportOptions(ALL), tiny_images)
     card = DatasetCard.load(tmp_path / "out" / "README.md").data.to_dict()
-    assert [entry["data_files"] for entry in card["configs"]] == ["grades.parquet", "preferences/data/*.parquet"]
+    files = ["grades.parquet", "data/*.parquet", "preferences/data/*.parquet"]
+    assert [entry["data_files"] for entry in card["configs"]] == files
+    assert ImageSet.load(tmp_path / "out").image_ids == tiny_images.image_ids
     grades = load_dataset("parquet", data_files=str(tmp_path / "out/grades.parquet"), cache_dir=tmp_path / "cache")
     assert grades["train"][0]["failed_criteria"] == ["nucleus_shape", "granules"]
     assert set(grades["train"]["notice"]) == {DISCLAIMER}
@@ -269,6 +274,32 @@ def test_a_study_exports_its_own_images_and_takes_its_graders_names_out(tmp_path
     assert result.exit_code == 0, result.output
     (first, *_) = csv.DictReader((tmp_path / "out" / "grades.csv").open())
     assert (first["grader"], first["comment"], first["kind"]) == ("expert-a", "as [name removed] said", "synthetic")
+
+
+def test_a_graded_study_with_hidden_controls_becomes_feedback_on_its_synthetic_images(tmp_path):
+    study = make_study(tmp_path, real_control_share=0.2, repeat_share=0.1, repeat_distance=5)
+    service = serve(tmp_path, study)
+    verdicts = {}
+    while items := service.next_items("grader-1a2b3c4d", "single", 1)["items"]:
+        verdict = "plausible" if len(verdicts) % 2 else "implausible"
+        verdicts[items[0]["item_id"]] = verdict
+        service.submit("grader-1a2b3c4d", [answer(items[0], f"g{len(verdicts)}", verdict)])
+    controls = {image_id for image_id, kind in service.catalogue.kinds.items() if kind == "real control"}
+    service.close()
+    keys = ("candidates", "references", "references_per_class", "sink", "real_control_share", "repeat_distance")
+    text = {key: getattr(study, key) for key in keys} | {"rubric": "white_blood_cells"}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(text))
+    command = ["grade", "export", str(tmp_path / "study.yaml"), "--output-dir", str(tmp_path / "out")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    grades = read_grades(tmp_path / "out" / "grades.jsonl")
+    assert len(grades) == len(verdicts) and controls & {grade.image_id for grade in grades}
+    command = ["feedback", "--candidates", str(tmp_path / "out"), "--grades", str(tmp_path / "out" / "grades.jsonl")]
+    result = CliRunner().invoke(main, [*command, "--output-dir", str(tmp_path / "feedback"), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["metrics"]["n"] == 60  # every candidate, no control
+    found = json.loads((tmp_path / "feedback" / "agreement.json").read_text())["real_controls"]["n"]
+    assert found == len(controls & {grade.image_id for grade in grades})
 
 
 def test_a_compacted_sink_and_an_earlier_export_are_read_too(tmp_path, tiny_images):

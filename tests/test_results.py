@@ -352,7 +352,7 @@ def test_every_export_of_the_page_is_a_zip_with_a_notice_and_an_unknown_one_is_n
     import io
     import zipfile
 
-    for name in ("jsonl", "csv", "parquet", "paper", "preferences"):
+    for name in ("jsonl", "csv", "parquet", "images", "paper", "preferences"):
         answer = client.get(f"/export/{name}")
         assert answer.status_code == 200, answer.text
         assert answer.headers["content-disposition"] == f'attachment; filename="feedback-{name}.zip"'

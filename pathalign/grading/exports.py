@@ -1,4 +1,4 @@
-"""Grades and preferences on their way out: JSONL, CSV, Parquet, the paper's folders, pairs for DPO.
+"""Grades and preferences on their way out: JSONL, CSV, Parquet, graded images, the paper's folders, pairs for DPO.
 
 An export is one folder that appears whole or not at all. It names graders by pseudonyms only, says that the images are
 synthetic and not for diagnosis, and marks simulated grades wherever they stand.
@@ -31,8 +31,9 @@ from pathalign.images import ImageSet
 from pathalign.progress import say
 from pathalign.schema import DISCLAIMER, Grade, InputError, Preference, RunRecord, unknown_name
 
-FORMATS = ("jsonl", "csv", "parquet", "paper", "preferences")
-NEEDS_IMAGES = ("paper", "preferences")
+FORMATS = ("jsonl", "csv", "parquet", "images", "paper", "preferences")
+NEEDS_IMAGES = ("images", "paper", "preferences")
+TABLES = ("jsonl", "csv", "parquet")
 NAME_REMOVED = "[name removed]"
 PSEUDONYM = re.compile(r"grader-([0-9a-f]{8}|\d+)|simulated-\d+|imported(-[0-9a-f]{8})?(-\d+)?")
 FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n']")  # what a spreadsheet may run, and our own guard
@@ -63,7 +64,7 @@ class ExportOptions:
         InputError: If a format is not known, or none is given.
     """
 
-    formats: Sequence[str] = ("jsonl", "csv", "parquet")
+    formats: Sequence[str] = TABLES
     simulated: bool = False
     comments: bool = True
     pseudonyms: Collection[str] = ()
@@ -153,7 +154,9 @@ def export(
     """
     started = time.monotonic()
     if candidates is None and set(options.formats) & set(NEEDS_IMAGES):
-        raise InputError("The formats paper and preferences hold images: give the candidate set with `--candidates`.")
+        raise InputError(
+            "The formats images, paper and preferences hold images: give the candidate set with `--candidates`."
+        )
     grades = list(current_grades(recorded.grades).grades)
     preferences = standing_preferences(recorded.preferences)
     if not grades and set(options.formats) - {"preferences"}:
@@ -181,7 +184,9 @@ def export(
     with artefact(output_dir) as folder:
         _empty(folder)
         for name in options.formats:
-            if name == "paper" and candidates is not None:
+            if name == "images" and candidates is not None:
+                metrics["images"] = _save_graded(grades, candidates, folder)
+            elif name == "paper" and candidates is not None:
                 metrics["paper"] = paper_layout.write(folder / "paper", grades, candidates, n_simulated > 0)
             elif name == "preferences" and candidates is not None:
                 pairs = preference_pairs(preferences)
@@ -200,6 +205,14 @@ def export(
         )
         record.save(folder)
     return record
+
+
+def _save_graded(grades: Sequence[Grade], candidates: ImageSet, folder: Path) -> int:
+    """Write the graded images, hidden controls among them, as the candidate set that these grades are about."""
+    graded = {grade.image_id for grade in grades}
+    chosen = candidates.select([row for row, image_id in enumerate(candidates.image_ids) if image_id in graded])
+    chosen.save(folder)
+    return len(chosen)
 
 
 def pseudonyms_for(graders: Iterable[str], chosen: Collection[str] = ()) -> dict[str, str]:
@@ -284,8 +297,8 @@ _WRITERS = {"jsonl": jsonl_bytes, "csv": csv_bytes, "parquet": parquet_bytes}
 def readme(metrics: Mapping[str, Any], comments: bool = True) -> str:
     """Text of the README.md in an export, with the front matter of a dataset card."""
     formats = set(metrics["formats"])
-    paths = {"grades": "grades.parquet", "preferences": "preferences/data/*.parquet"}
-    present = {"grades": "parquet" in formats, "preferences": "preferences" in formats}
+    paths = {"grades": "grades.parquet", "images": "data/*.parquet", "preferences": "preferences/data/*.parquet"}
+    present = {name: {"grades": "parquet"}.get(name, name) in formats for name in paths}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
     )
@@ -295,6 +308,7 @@ def readme(metrics: Mapping[str, Any], comments: bool = True) -> str:
         comments=comments,
         configs={name: path for name, path in paths.items() if present[name]},
         tables=formats - set(NEEDS_IMAGES),
+        images=metrics.get("images", 0),
         paper="paper" in formats,
         preferences="preferences" in formats,
     )

@@ -42,6 +42,7 @@ ABOUT_FORMATS = {
     "jsonl": "one grade a line, for pathalign feedback",
     "csv": "for spreadsheets",
     "parquet": "for pandas, R and the Hub",
+    "images": "the graded images as a candidate set, hidden controls among them, for pathalign feedback",
     "paper": "images in the folders of the paper's authors, whose label 1 means implausible",
     "preferences": "pairs of a chosen and a rejected image, for DPO",
 }
