@@ -39,11 +39,11 @@ class RewardWeightedConfig(StageConfig):
         "dpmsolver++", "Sampler of these images."
     )
     sample_batch_size: int = option(50, "Images sampled at once, per device.", minimum=1)
-    steps_per_round: int = option(36, "Optimizer steps in a round; many overshoot, and the round is undone.", minimum=1)
+    steps_per_round: int = option(60, "Optimizer steps in a round.", minimum=1)
     batch_size: int = option(24, "Synthetic images in a batch, per device.", minimum=1)
     real_batch_size: int = option(12, "Real images in a batch, per device.", minimum=0)
     learning_rate: float = option(
-        1.5e-3, "Peak learning rate of AdamW; warm-up, then cosine decay over all rounds.", minimum=0.0
+        2e-3, "Peak learning rate of AdamW; warm-up, then cosine decay over all rounds.", minimum=0.0
     )
     warmup_steps: int = option(5, "Steps of linear warm-up.", minimum=0)
     ema_decay: float = option(
