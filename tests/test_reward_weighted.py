@@ -21,7 +21,7 @@ from pathalign.reward import RewardModelConfig
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.pretrain import PretrainConfig
 from pathalign.settings.reward_weighted import RewardWeightedConfig
-from pathalign.trainers import reward_weighted
+from pathalign.trainers import adapter
 from pathalign.trainers.pretrain import new_pipeline, noisy_and_target
 from pathalign.trainers.reward_weighted import RewardWeightedTrainer, align
 from pathalign.trainers.weighting import class_means, contrastive_loss, reward_weights
@@ -63,7 +63,7 @@ class Brightness(nn.Module):
 def brightness(monkeypatch) -> Brightness:
     """The reward model that `align` loads."""
     model = Brightness()
-    monkeypatch.setattr(reward_weighted.RewardModel, "from_pretrained", lambda *_: model)
+    monkeypatch.setattr(adapter.RewardModel, "from_pretrained", lambda *_: model)
     return model
 
 
@@ -84,7 +84,7 @@ def straight(settings, tmp_path_factory) -> Path:
     """The adapter of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("straight") / "adapter"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reward_weighted.RewardModel, "from_pretrained", lambda *_: Brightness())
+        patch.setattr(adapter.RewardModel, "from_pretrained", lambda *_: Brightness())
         align(RewardWeightedConfig(**settings), folder)
     return folder
 
@@ -314,11 +314,11 @@ def test_the_same_call_after_an_interruption_ends_as_a_straight_run(
     if kind == "step":
         plain, taken = RewardWeightedTrainer.step, []
 
-        def step(self, index, batch):
+        def step(self, index):
             if index == int(number) - 1 and not taken:
                 taken.append(index)
                 raise KeyboardInterrupt
-            return plain(self, index, batch)
+            return plain(self, index)
 
         monkeypatch.setattr(RewardWeightedTrainer, "step", step)
     else:  # 12 images of a round are three batches of five and fewer
