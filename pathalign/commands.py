@@ -64,6 +64,7 @@ def serve_command(
     Everyone comes in with an own link from `pathalign grade invite`. Folders in, folders out; nothing leaves this
     machine.
     """
+    from pathalign.grading.gate import LOCAL_HOSTS
     from pathalign.grading.study import Study
 
     path = study or _make_example(EXAMPLE_DIR)
@@ -75,9 +76,11 @@ def serve_command(
     access = local_access(loaded, folder, single_user=alone)
     app_module = space_app("grade")
     service = app_module.open_service(loaded, folder)
-    app = app_module.create_app(service, access, hosts=("127.0.0.1", "localhost", "[::1]", host, *names))
+    app = app_module.create_app(service, access, hosts=(*LOCAL_HOSTS, host, *names))
     where = "Open" if alone else "Each grader opens an own link from `pathalign grade invite`; the server is"
     click.echo(f"{where} http://{host}:{port}/", err=True)
+    if not (alone or loaded.owners):
+        click.echo("Nobody may see the results: name somebody as `owners` in the study, and invite them.", err=True)
     click.echo(f"Grades go to {loaded.sink}. {DISCLAIMER} Ctrl-C ends it.", err=True)
     app_module.serve(app, service, host, port)
 
@@ -119,9 +122,8 @@ def local_access(study: Study, state_dir: Path, single_user: bool = False) -> Ac
         return Access(SingleDoor(), study_secret(state_dir))
     invites = Invites(state_dir / "invites.json")
     secret = study_secret(state_dir)
-    pseudonyms = {person.name: person.pseudonym for person in study.people if person.pseudonym}
     graders = [person.name for person in study.people] or None
-    return Access(InviteDoor(invites, secret), secret, graders, study.owners, None, pseudonyms)
+    return Access(InviteDoor(invites, secret), secret, graders, study.owners, None, study.pseudonyms)
 
 
 def _make_example(folder: Path) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,20 @@ def test_a_single_user_may_grade_without_an_invitation_but_not_on_an_open_addres
     assert "anybody at 0.0.0.0 could grade" in result.output
 
 
+@pytest.mark.parametrize(("owners", "said"), [("", True), ("owners: [Olga]\n", False)])
+def test_serving_a_study_that_names_no_owner_says_that_nobody_may_see_the_results(
+    study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owners: str, said: bool
+):
+    study = tmp_path / "study.yaml"
+    study.write_text(f"candidates: {study_file.parent / 'candidates'}\nreal_control_share: 0\n{owners}")
+    Invites(tmp_path / "study.state" / "invites.json").create("Ada")
+    monkeypatch.setattr("signal.signal", lambda *handler: None)
+    monkeypatch.setattr("uvicorn.run", lambda *app, **options: None)
+    result = CliRunner().invoke(main, ["grade", "serve", str(study)])
+    assert result.exit_code == 0, result.output
+    assert ("Nobody may see the results" in result.output) is said
+
+
 def test_invite_prints_a_link_whose_token_no_server_log_can_hold(study_file: Path, tmp_path: Path):
     options = ["--state-dir", str(tmp_path), "--address", "http://grading.example/"]
     result = CliRunner().invoke(main, ["grade", "invite", str(study_file), "Ada", *options])
@@ -230,6 +246,18 @@ def test_a_pseudonym_tells_no_name_and_is_the_same_each_time_but_not_in_another_
     assert pseudonym_of("Ada", SECRET) != pseudonym_of("Ada", b"another secret of a study")
     assert pseudonym_of("Ada", SECRET) != pseudonym_of("Bea", SECRET)
     assert pseudonym_of("Ada", SECRET).startswith("grader-")
+
+
+def test_names_of_all_who_are_known_are_taken_out_of_comments_in_exports(site: Site):
+    client = site.browser("Ada")
+    item = call(client, "next_items", {"mode": "single", "count": 1}).json()["items"][0]
+    row = {"grade_id": "names", "item_id": item["item_id"], "mode": "single", "verdict": "unsure"}
+    row["comment"] = "bea, Mallory and Olga think so, Adam does not"
+    assert call(client, "submit_rows", {"rows": [row]}).json()["recorded"] == ["names"]
+    archive = zipfile.ZipFile(io.BytesIO(site.browser("Olga").get("/results/export/jsonl").content))
+    lines = archive.read("feedback/grades.jsonl").decode().splitlines()
+    (kept,) = [line for line in map(json.loads, lines) if line["grade_id"] == "names"]
+    assert kept["comment"] == "[name removed], [name removed] and [name removed] think so, Adam does not"
 
 
 def test_what_a_browser_claims_about_its_grader_changes_nothing(site: Site, service: GradingService):

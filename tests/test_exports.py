@@ -262,18 +262,19 @@ def test_the_command_exports_and_prints_the_record(tmp_path, tiny_images):
     assert (target / "grades.csv").is_file()
 
 
-def test_a_study_exports_its_own_images_and_takes_its_graders_names_out(tmp_path, tiny_images):
+def test_a_study_exports_its_own_images_and_takes_names_of_graders_and_owners_out(tmp_path, tiny_images):
     tiny_images.save(tmp_path / "candidates")
     (tmp_path / "grades" / "grades").mkdir(parents=True)
-    rows = [replace(row, comment="as Jane Roe said") for row in grades_of(tiny_images, "expert-a")]
+    rows = [replace(row, comment="as Jane Roe said to olga") for row in grades_of(tiny_images, "expert-a")]
     (tmp_path / "grades" / "grades" / "x.jsonl").write_text("".join(f"{row.to_json()}\n" for row in rows))
     study = "graders: [{name: Jane Roe, pseudonym: expert-a}]\nreal_control_share: 0\nrubric: white_blood_cells\n"
-    (tmp_path / "study.yaml").write_text(study)
+    (tmp_path / "study.yaml").write_text(study + "owners: [Olga]\n")
     command = ["grade", "export", str(tmp_path / "study.yaml"), "--output-dir", str(tmp_path / "out")]
     result = CliRunner().invoke(main, [*command, "--format", "csv", "--format", "paper"])
     assert result.exit_code == 0, result.output
     (first, *_) = csv.DictReader((tmp_path / "out" / "grades.csv").open())
-    assert (first["grader"], first["comment"], first["kind"]) == ("expert-a", "as [name removed] said", "synthetic")
+    said = "as [name removed] said to [name removed]"
+    assert (first["grader"], first["comment"], first["kind"]) == ("expert-a", said, "synthetic")
 
 
 def test_a_graded_study_with_hidden_controls_becomes_feedback_on_its_synthetic_images(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,15 +93,48 @@ def test_pairs_are_of_one_class_never_twice_and_use_images_evenly(count, wanted)
         assert max(uses[image_id] for image_id in labels) - min(uses[image_id] for image_id in labels) <= 2
 
 
-def test_images_are_ranked_by_how_near_their_reward_is_to_one_half(tmp_path):
+def save_reward_model(folder: Path, seed: int = 0) -> None:
     from pathalign.reward import RewardModel, RewardModelConfig
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = RewardModelConfig(class_names=["c", "a", "b"], convnet_channels=[4, 8], image_size_px=8)
-    RewardModel(config).save_with_processor(tmp_path)
+    RewardModel(config).save_with_processor(folder)
+
+
+def test_images_are_ranked_by_how_near_their_reward_is_to_one_half(tmp_path):
+    from pathalign.reward import RewardModel
+
+    save_reward_model(tmp_path)
     candidates = images(12, 5)
     ids = torch.tensor([["c", "a", "b"].index(label) for label in candidates.labels()])
     with torch.no_grad():
         rewards = RewardModel.from_pretrained(tmp_path).rewards(candidates.pixel_values(), ids)
     expected = [candidates.image_ids[place] for place in (rewards - 0.5).abs().argsort().tolist()]
     assert order.rank_by_uncertainty(candidates, str(tmp_path)) == expected
+    assert order.rank_by_uncertainty(candidates.select([]), str(tmp_path)) == []
+
+
+def test_rewards_are_computed_once_for_each_model_and_image(tmp_path, monkeypatch):
+    from pathalign import generate
+
+    scored, score = [], generate.score
+    monkeypatch.setattr(
+        generate, "score", lambda model, images, *rest: scored.append(len(images)) or score(model, images, *rest)
+    )
+    for seed in (0, 1):
+        save_reward_model(tmp_path / f"model-{seed}", seed)
+    candidates, cache = images(12, 5), tmp_path / "rewards.json"
+    plain = order.rank_by_uncertainty(candidates, str(tmp_path / "model-0"))
+    order.rank_by_uncertainty(candidates.select(range(9)), str(tmp_path / "model-0"), cache)
+    for _ in range(2):
+        assert order.rank_by_uncertainty(candidates, str(tmp_path / "model-0"), cache) == plain
+    assert scored == [12, 9, 3]
+    (tmp_path / "model-0").rename(tmp_path / "elsewhere")
+    order.rank_by_uncertainty(candidates, str(tmp_path / "elsewhere"), cache)
+    assert scored == [12, 9, 3]
+    order.rank_by_uncertainty(candidates, str(tmp_path / "model-1"), cache)
+    assert scored == [12, 9, 3, 12]
+    for damaged in ("", "[]", "{}", "5"):
+        cache.write_text(damaged)
+        assert order.rank_by_uncertainty(candidates, str(tmp_path / "elsewhere"), cache) == plain
+    assert scored == [12, 9, 3, 12, 12, 12, 12, 12]

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from small_study import answer, grade_on, make_study, serve
+from small_study import answer, grade_on, images, make_study, serve
 
 from pathalign.grades import current_grades
 from pathalign.grading.sinks import FolderSink, SinkError
@@ -50,6 +50,15 @@ def test_the_opening_has_all_that_the_page_shows_and_records_the_session(service
     assert (row["session_id"], row["grader"], row["colour_note"]) == ("s1", "grader-1", "calibrated")
     assert "Anna" not in json.dumps(row)
     assert service.opening("grader-1", {})["session"]
+
+
+def test_two_graders_in_one_tab_have_a_session_each(service):
+    first = service.opening("grader-1", {"session_id": "s1"})["session"]
+    assert service.opening("grader-1", {"session_id": "s1"})["session"] == first == "s1"
+    second = service.opening("grader-2", {"session_id": "s1", "colour_note": "calibrated"})["session"]
+    assert second != "s1"
+    kept = {row["session_id"]: (row["grader"], row["colour_note"]) for row in service.outbox.rows("session")}
+    assert kept == {"s1": ("grader-1", None), second: ("grader-2", "calibrated")}
 
 
 def test_another_browser_goes_on_where_the_first_one_was(service):
@@ -98,6 +107,40 @@ def test_a_wiped_disk_is_made_again_from_the_sink(tmp_path):
     assert len(done) == 41
     rest = grade_on(service, "grader-1", 200)
     assert not set(rest) & done
+    service.close()
+
+
+def test_what_a_wiped_disk_has_forgotten_can_be_sent_again(tmp_path):
+    study = make_study(tmp_path)
+    service = serve(tmp_path, study)
+    items = service.next_items("grader-1", "single", 3)["items"]
+    rows = [answer(items[0], "g0"), answer(items[1], "g1"), answer(items[1], "g2", "unsure", supersedes="g1")]
+    service.submit("grader-1", rows[:1])
+    service.outbox.flush()
+    service.submit("grader-1", rows[1:])
+    service.outbox.database.close()  # killed before it could send
+    shutil.rmtree(tmp_path / "state")
+    service = serve(tmp_path, study)
+    assert service.saved("grader-1", ["g0", "g1", "g2"]) == {"saved": ["g0"], "unknown": ["g1", "g2"]}
+    reply = service.submit("grader-1", rows[1:])
+    assert (reply["recorded"], reply["refused"]) == (["g1", "g2"], [])
+    assert service.saved("grader-1", ["g1", "g2"])["unknown"] == []
+    service.close()
+
+
+def test_an_image_that_has_left_the_study_is_refused_without_blocking_the_others(tmp_path):
+    study = make_study(tmp_path)
+    service = serve(tmp_path, study)
+    items = service.next_items("grader-1", "single", 60)["items"]
+    service.close()
+    images(60, 0).select(range(30)).save(tmp_path / "fewer")
+    service = serve(tmp_path, make_study(tmp_path, candidates=str(tmp_path / "fewer")))
+    reply = service.submit("grader-1", [answer(item, f"g{number}") for number, item in enumerate(items)])
+    assert len(reply["recorded"]) > 10
+    assert len(reply["refused"]) > 10
+    assert {entry["reason"] for entry in reply["refused"]} == {
+        "This image is no longer part of the study; load the page again."
+    }
     service.close()
 
 
@@ -214,11 +257,11 @@ def test_a_grade_that_comes_after_the_lease_went_to_somebody_else_is_kept(servic
 def test_saved_is_said_only_of_what_is_in_the_sink_and_ones_own(service):
     (item,) = service.next_items("grader-1", "single", 1)["items"]
     assert submit(service, item, "g1")["saved"] == []
-    assert service.saved("grader-1", ["g1"]) == {"saved": []}
+    assert service.saved("grader-1", ["g1"]) == {"saved": [], "unknown": []}
     assert service.progress("grader-1")["unsaved"] == 1
     service.outbox.flush()
-    assert service.saved("grader-1", ["g1", "unknown"]) == {"saved": ["g1"]}
-    assert service.saved("grader-2", ["g1"]) == {"saved": []}
+    assert service.saved("grader-1", ["g1", "g2"]) == {"saved": ["g1"], "unknown": ["g2"]}
+    assert service.saved("grader-2", ["g1"]) == {"saved": [], "unknown": ["g1"]}
     assert service.submit("grader-1", [answer(item, "g1")])["saved"] == ["g1"]
     assert service.progress("grader-1")["unsaved"] == 0
 
@@ -325,6 +368,7 @@ def test_images_ordered_by_uncertainty_are_marked_and_a_fifth_stays_random(tmp_p
     marks = {(grade.image_id, grade.drawn_by) for grade in inputs.grades}
     assert len(marks) == len({image_id for image_id, _ in marks})  # a repeat is marked as its first look
     service.close()
+    assert len(json.loads((tmp_path / "state" / "rewards.json").read_text())["rewards"]) == 48  # all but the random 12
 
 
 def test_progress_counts_today_and_pace_without_pauses(service):

@@ -94,6 +94,12 @@ def test_a_sink_is_opened_by_what_the_study_names(tmp_path: Path):
     hub = open_sink("hf://datasets/lab/some.grades-1")
     assert isinstance(hub, HubSink)
     assert repr(hub) == "HubSink('lab/some.grades-1')"
-    for wrong in ("hf://lab/grades", "hf://datasets/lab", "hf://datasets/lab/grades/deeper", "hf://spaces/a/b"):
+    for wrong in (
+        "hf://lab/grades",
+        "hf://datasets/lab",
+        "hf://datasets/lab/grades/deeper",
+        "hf://spaces/a/b",
+        "s3://bucket",
+    ):
         with pytest.raises(InputError, match="hf://datasets/USER/REPO"):
             open_sink(wrong)

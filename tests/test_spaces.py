@@ -12,11 +12,12 @@ import yaml
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 
+from pathalign import phantom
 from pathalign.commands import space_app, spaces_dir
 from pathalign.grading import example
 from pathalign.grading.study import Study
 from pathalign.images import ImageSet
-from pathalign.schema import DISCLAIMER
+from pathalign.schema import DISCLAIMER, InputError
 
 PROJECT = Path(__file__).resolve().parents[1]
 GRADE = PROJECT / "spaces" / "grade"
@@ -89,6 +90,33 @@ def test_example_images_that_are_there_stay(tmp_path: Path):
         (tmp_path / folder).mkdir(parents=True)
     example.make_images(tmp_path)
     assert list(tmp_path.rglob("*.parquet")) == []
+
+
+def small_space(folder: Path, monkeypatch: pytest.MonkeyPatch, study: str) -> types.ModuleType:
+    """The Space with another study, which ends as soon as it would serve."""
+    app = space_app("grade")
+    phantom.draw(2, 16, seed=1).save(folder / "candidates")
+    (folder / "study.yaml").write_text(f"candidates: candidates\nreal_control_share: 0\n{study}")
+    monkeypatch.setattr(app, "HERE", folder)
+    monkeypatch.setattr(app, "create_app", lambda *arguments: None)
+    monkeypatch.setattr(app, "serve", lambda app, service, host, port: service.close())
+    return app
+
+
+def test_a_space_refuses_to_keep_grades_on_the_hub_under_pseudonyms_that_a_restart_would_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("PATHALIGN_STUDY_SECRET", raising=False)
+    app = small_space(tmp_path, monkeypatch, "sink: hf://datasets/lab/grades\ngraders: [ada]\n")
+    with pytest.raises(InputError, match=r"PATHALIGN_STUDY_SECRET is not set.* Set it as a secret of the Space"):
+        app.main()
+
+
+def test_a_space_whose_grades_stay_on_its_disk_says_that_they_will_be_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    small_space(tmp_path, monkeypatch, "graders: [ada]\n").main()
+    assert "which a Space forgets: name hf://datasets/USER/REPO as `sink`" in capsys.readouterr().err
 
 
 def test_a_free_accounts_space_shows_its_gpu_function_and_others_do_not(monkeypatch: pytest.MonkeyPatch):

@@ -107,6 +107,7 @@ def test_a_checklist_may_stand_in_the_study_or_in_a_file_beside_it(tmp_path):
 def test_graders_are_names_with_or_without_a_pseudonym():
     study = Study(references="real", graders=["anna", {"name": "bert", "pseudonym": "reader-2"}])
     assert study.people == (Person("anna"), Person("bert", "reader-2"))
+    assert study.pseudonyms == {"bert": "reader-2"}
     with pytest.raises(ConfigError, match="the name 'anna' 2 times"):
         Study(references="real", graders=["anna", {"name": "anna", "pseudonym": "x"}])
     with pytest.raises(ConfigError, match="write a name"):

@@ -224,6 +224,11 @@ class Access:
             is_owner=single or owner,
         )
 
+    def known_names(self) -> frozenset[str]:
+        """Names of graders, owners and invited people, as far as the server has them: none of them is published."""
+        invited = self.door.invites.hashes() if isinstance(self.door, InviteDoor) else {}
+        return frozenset([*(self.graders or ()), *self.owners, *invited])
+
     def _problem(self) -> str | None:
         if isinstance(self.door, InviteDoor) and not self.door.invites.hashes():
             return (

@@ -2,6 +2,7 @@
 
 A *unit* is an image id or the key of a pair; a *showing* is its n-th appearance before one grader (0, or 1 for a
 repeat). The table is an index: what was answered follows from the rows that are kept, so a lost one is made again.
+Leases are in no row: servers share them only if they share the database, so a study has one state folder.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathalign.grading.study import Study
 from pathalign.grading.visit import Visit
 
 PLANS_KEPT = 256  # graders
+REWARDS_NAME = "rewards.json"  # beside the database: what the reward model says of the candidates
 TABLES = """
 CREATE TABLE IF NOT EXISTS showings (
     item_id TEXT PRIMARY KEY, grader TEXT NOT NULL, unit TEXT NOT NULL, number INTEGER NOT NULL, mode TEXT NOT NULL,
@@ -176,7 +178,8 @@ def for_study(
     drawn = order.random_sample(catalogue.candidates, share, study.seed)
     at_random = [image_id for image_id in catalogue.candidates if image_id in drawn]
     rest = catalogue.images.select([i for i, id in enumerate(catalogue.candidates) if id not in drawn])
-    ranked = order.rank_by_uncertainty(rest, study.reward_model) if study.reward_model else []
+    cache = outbox.database.path.with_name(REWARDS_NAME)
+    ranked = order.rank_by_uncertainty(rest, study.reward_model, cache) if study.reward_model else []
     labels = {image_id: catalogue.labels[image_id] for image_id in catalogue.candidates}
     pairs = order.draw_pairs(labels, study.pairs_per_class, study.seed) if PAIRWISE in study.modes else []
 

@@ -72,8 +72,10 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.formats if name not in FORMATS]
-        if unknown or not self.formats:
-            raise InputError(" ".join(unknown_name("export format", name, FORMATS) for name in unknown) or "No format.")
+        if not self.formats:
+            raise InputError(f"No export format is given; use one or more of {', '.join(FORMATS)}.")
+        if unknown:
+            raise InputError(" ".join(unknown_name("export format", name, FORMATS) for name in unknown))
 
 
 def read_recorded(source: str | Path) -> Recorded:
@@ -121,7 +123,8 @@ def export_from(
     Args:
         source: A study's YAML file, or what `read_recorded` takes.
         output_dir: Folder that is made.
-        options: What is written. A study adds its pseudonyms, and its graders' names to take out of comments.
+        options: What is written. A study adds its pseudonyms, and the names of its graders and owners to take out of
+            comments.
         candidates: Folder or Hub id of the images that were graded; a study names its own.
 
     Raises:
@@ -130,9 +133,8 @@ def export_from(
     if Path(source).suffix.lower() not in (".yaml", ".yml"):
         return export(read_recorded(source), output_dir, options, ImageSet.load(candidates) if candidates else None)
     study = Study.load(source)
-    chosen = [person.pseudonym for person in study.people if person.pseudonym]
-    names = [*options.names, *(person.name for person in study.people)]
-    options = replace(options, pseudonyms=[*options.pseudonyms, *chosen], names=names)
+    names = [*options.names, *(person.name for person in study.people), *study.owners]
+    options = replace(options, pseudonyms=[*options.pseudonyms, *study.pseudonyms.values()], names=names)
     images = ImageSet.load(candidates) if candidates else Catalogue.load(study).images
     return export(read_recorded(study.sink), output_dir, options, images)
 

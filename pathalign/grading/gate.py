@@ -29,7 +29,7 @@ CALL_PATHS = ("/gradio_api/component_server", "/gradio_api/component_server/")  
 GRADER_PATHS = ("/", "/config", "/config/", *CALL_PATHS)
 OWNER_PATHS = ("/results", "/results/")
 POST_PATHS = ("/enter", *CALL_PATHS)
-HEADERS = {
+HEADERS = {  # gradio's page has scripts in its HTML and compiles that of `gr.HTML` from text: hence the two `unsafe-`
     "content-security-policy": (
         "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; font-src 'self' data:; "
         "script-src 'self' 'unsafe-inline' 'unsafe-eval'; connect-src 'self'; object-src 'none'; base-uri 'self'; "

@@ -5,12 +5,21 @@ Everything follows from the study's seed and the grader's pseudonym, so that a r
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pathalign.artefacts import write_atomically
 from pathalign.images import ImageSet
+
+if TYPE_CHECKING:
+    from pathalign.reward import RewardModel
 
 CONTROL, REPEAT, RANDOM, UNCERTAINTY, PAIRWISE = "control", "repeat", "random", "uncertainty", "pairwise"
 SETTLING = 10  # an image that is owed is given within about so many
@@ -112,19 +121,55 @@ def plan(
     return Plan(random=orders[0], uncertainty=tuple(most_uncertain_first), controls=orders[1], pairs=orders[2])
 
 
-def rank_by_uncertainty(images: ImageSet, reward_model: str) -> list[str]:
+def rank_by_uncertainty(images: ImageSet, reward_model: str, cache: Path | None = None) -> list[str]:
     """Ids of images, those first whose reward is nearest to one half.
+
+    Args:
+        images: No image twice.
+        reward_model: Folder or Hub id.
+        cache: JSON file of rewards: what this model gave before is read from it, and what is new is added.
 
     Raises:
         InputError: If the reward model cannot be loaded or does not know a class.
     """
+    if not len(images):
+        return []
     from pathalign.generate import score
     from pathalign.reward import RewardModel
 
     model = RewardModel.from_pretrained(reward_model)
-    rewards = score(model, images.images, images.class_ids.tolist(), images.class_names).tolist()
-    distances = {image_id: abs(reward - 0.5) for image_id, reward in zip(images.image_ids, rewards, strict=True)}
+    version = _version(model)
+    rewards = _cached_rewards(cache, version)
+    keys = [f"{label}/{image_id}" for label, image_id in zip(images.labels(), images.image_ids, strict=True)]
+    new = [row for row, key in enumerate(keys) if key not in rewards]
+    if new:
+        unknown = images.select(new)
+        found = score(model, unknown.images, unknown.class_ids.tolist(), unknown.class_names).tolist()
+        rewards |= dict(zip((keys[row] for row in new), found, strict=True))
+        if cache:
+            with contextlib.suppress(OSError):  # then it is computed again at the next start
+                write_atomically(cache, json.dumps({"reward_model": version, "rewards": rewards}))
+    distances = {image_id: abs(rewards[key] - 0.5) for image_id, key in zip(images.image_ids, keys, strict=True)}
     return sorted(distances, key=lambda image_id: (distances[image_id], image_id))
+
+
+def _version(model: RewardModel) -> str:
+    """What tells this model from any other, wherever it was loaded from: a hash of its configuration and weights."""
+    import torch
+
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _cached_rewards(cache: Path | None, version: str) -> dict[str, float]:
+    """Class and image id -> reward by this version of the model; none if the file is missing or cannot be used."""
+    try:
+        kept = json.loads(cache.read_text()) if cache else {}
+        return dict(kept["rewards"]) if kept.get("reward_model") == version else {}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}
 
 
 def draw_pairs(labels: Mapping[str, str], pairs_per_class: int, seed: int) -> list[str]:

@@ -63,7 +63,8 @@ class Outbox:
     """Keeps rows and brings them to a sink, in a thread of its own. All methods may be called from any thread.
 
     Args:
-        state_dir: Folder of the database, made if need be. Servers that run at the same time have one each.
+        state_dir: Folder of the database, made if need be. Processes on one machine may share it; servers with disks of
+            their own may share a sink, each file in it being written by one of them only.
         sink: Where batches go.
         flush_every_s: A row waits so long at most before it is sent, while the sink answers.
         flush_rows: So many waiting rows are sent at once.

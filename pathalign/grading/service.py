@@ -91,16 +91,17 @@ class GradingService:
 
         Args:
             grader: Pseudonym.
-            session: `session_id` (made here if there is none), `user_agent`, `viewport`, `device_pixel_ratio`,
-                `colour_note`.
+            session: `session_id` (made here if there is none, or another grader has it), `user_agent`, `viewport`,
+                `device_pixel_ratio`, `colour_note`.
 
         Returns:
             `study`, `references` (class -> data URLs), `progress`, `grader`, `session` and `app_version`.
         """
-        row = session_row(session)
+        row = session_row(session) | {"grader": grader, "started_at": self._now(), "app_version": APP_VERSION}
         row["session_id"] = row["session_id"] or secrets.token_hex(16)
-        row |= {"grader": grader, "started_at": self._now(), "app_version": APP_VERSION}
-        self.outbox.record([("session", row["session_id"], row)])
+        if not self.outbox.record([("session", row["session_id"], row)]):  # another grader's, who used this tab before
+            row["session_id"] = secrets.token_hex(16)
+            self.outbox.record([("session", row["session_id"], row)])
         return {
             "study": page_text(self.study, self.catalogue.images.class_names),
             "references": self._references,
@@ -183,14 +184,18 @@ class GradingService:
         }
 
     def saved(self, grader: str, grade_ids: Sequence[str]) -> dict[str, list[str]]:
-        """Which of these rows of the grader are in the sink, read back: `saved`.
+        """Which of these rows of the grader are in the sink, read back, and which are not here at all.
+
+        Returns:
+            `saved`, and `unknown`: what a server whose disk was wiped has forgotten; the browser sends it again.
 
         Raises:
             InputError: If `grade_ids` is no list of ids.
         """
         if not isinstance(grade_ids, list | tuple) or not all(map(is_identifier, grade_ids)):
             raise InputError("`grade_ids` must be a list of ids.")
-        return {"saved": self._saved(self.answers.own(grader, grade_ids))}
+        own = self.answers.own(grader, grade_ids)
+        return {"saved": self._saved(own), "unknown": sorted({*grade_ids} - {*own})}
 
     def history(self, grader: str, count: int = 50) -> dict[str, Any]:
         """The newest items that the grader answered, newest first.
@@ -301,6 +306,8 @@ class GradingService:
         showing = self.assignments.locate(grader, row["item_id"])
         if showing is None:
             raise RowError("This item was never handed out to you; load the page again.")
+        if showing.unit not in self.assignments.sorts:
+            raise RowError("This image is no longer part of the study; load the page again.")
         if (row["mode"] == PAIRWISE) != (showing.mode == PAIRWISE):
             raise RowError(f"This item cannot be answered in mode {row['mode']}.")
         own = [answer for answer, _ in accepted.values() if answer.item_id == showing.item_id]

@@ -59,17 +59,26 @@ class Sink(Protocol):
         """Sorted paths of all files below a folder such as `grades/`; none if there is no such folder."""
 
 
+def check_sink(spec: str) -> None:
+    """See that a sink is a folder or a dataset repo.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if "://" in spec and not re.fullmatch(rf"{HUB_PREFIX}[\w.-]+/[\w.-]+", spec):
+        raise InputError(f"The sink is {spec!r}; use a folder, or {HUB_PREFIX}USER/REPO for a dataset repo.")
+
+
 def open_sink(spec: str | Path) -> Sink:
     """The sink that a study names: a folder, or `hf://datasets/USER/REPO`.
 
     Raises:
-        InputError: If an `hf://` address is not that of a dataset repo.
+        InputError: If it is an address of anything else.
     """
     text = str(spec)
-    if not text.startswith("hf://"):
+    check_sink(text)
+    if not text.startswith(HUB_PREFIX):
         return FolderSink(text)
-    if not re.fullmatch(rf"{HUB_PREFIX}[\w.-]+/[\w.-]+", text):
-        raise InputError(f"The sink is {text!r}; use a folder, or {HUB_PREFIX}USER/REPO for a dataset repo.")
     from pathalign.grading.hub_sink import HubSink
 
     return HubSink(text.removeprefix(HUB_PREFIX))

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pathalign.config import ConfigError, StageConfig, option, read_yaml, unknown_key
+from pathalign.grading.sinks import HUB_PREFIX, check_sink
 from pathalign.schema import MODES, VERDICTS, InputError, Rubric
 
-HUB_PREFIX = "hf://datasets/"
 SECRET_VARIABLE = "PATHALIGN_STUDY_SECRET"
 SHORTEST_SECRET = 16  # characters
 PSEUDONYM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
@@ -130,6 +130,11 @@ class Study(StageConfig):
         """Those who may grade by name."""
         return tuple(Person(**entry) if isinstance(entry, dict) else Person(entry) for entry in self.graders)
 
+    @property
+    def pseudonyms(self) -> dict[str, str]:
+        """Name -> pseudonym, of those graders whose pseudonym the study chooses itself."""
+        return {person.name: person.pseudonym for person in self.people if person.pseudonym}
+
     def class_text(self, name: str) -> ClassText:
         """What graders read about the class `name`, also where the study does not mention it."""
         text = {"display_name": name.replace("_", " "), **((self.classes or {}).get(name) or {})}
@@ -161,6 +166,20 @@ def study_secret(state_dir: str | Path) -> bytes:
         return path.read_text().strip().encode()
     except OSError as error:
         raise InputError(f"{path} cannot be used: {error.strerror}. Choose another state folder.") from error
+
+
+def check_lasting_secret(sink: str) -> None:
+    """See that pseudonyms and item ids outlive a disk that is wiped on restart, as grades on the Hub do.
+
+    Raises:
+        InputError: If `sink` is on the Hub and `PATHALIGN_STUDY_SECRET` is not set.
+    """
+    if sink.startswith(HUB_PREFIX) and not os.environ.get(SECRET_VARIABLE):
+        raise InputError(
+            f"{SECRET_VARIABLE} is not set, and this disk is forgotten on restart: the same graders would get other "
+            f"pseudonyms then. Set it as a secret of the Space, to at least {SHORTEST_SECRET} characters that never "
+            "change, such as from `python -c 'import secrets; print(secrets.token_hex(32))'`."
+        )
 
 
 def _create_private(path: Path, content: str) -> None:
@@ -271,8 +290,10 @@ def _order_problems(study: Study) -> list[str]:
 
 
 def _sink_problems(study: Study) -> list[str]:
-    if "://" in study.sink and not re.fullmatch(re.escape(HUB_PREFIX) + r"[\w.-]+/[\w.-]+", study.sink):
-        return [f"`sink` is {study.sink!r}; give a folder, or {HUB_PREFIX}USER/REPO."]
+    try:
+        check_sink(study.sink)
+    except InputError as error:
+        return [f"`sink`: {error}"]
     return []
 
 

@@ -29,7 +29,7 @@ from pathalign.grading.access import LOCAL_NAME, HubDoor, pseudonym_of
 from pathalign.grading.outbox import Outbox, install_sigterm
 from pathalign.grading.pictures import data_url
 from pathalign.grading.sinks import open_sink
-from pathalign.grading.study import study_secret
+from pathalign.grading.study import check_lasting_secret, study_secret
 from pathalign.grading.versus import ALIGNED, BASE, Comparison, Showing, Votes, contenders, keep_pool, seeds_from
 from pathalign.schema import DISCLAIMER, InputError
 
@@ -49,7 +49,7 @@ OPTIONS = {  # name on the command line, in capitals of a variable (not host and
     "guidance_scale": (float, 1.0, "Classifier-free guidance of both; 1 is none."),
     "votes": (str, None, "Where blind votes go: a folder or hf://datasets/USER/REPO. Without it there is no vote."),
     "pairs_per_class": (int, 20, "Pairs of each class to vote on."),
-    "state_dir": (Path, None, "Folder of votes on their way.  [default: beside the votes, or /data]"),
+    "state_dir": (Path, None, "Folder of votes on their way.  [default: beside the votes, with the ending .state]"),
     "host": (str, "0.0.0.0" if ON_SPACE else "127.0.0.1", "Address to listen on."),
     "port": (int, 7860, "Port to listen on."),
 }
@@ -215,7 +215,9 @@ def open_ballot(options: argparse.Namespace, comparison: Comparison) -> Ballot |
     if not options.votes:
         return None
     local = Path(options.votes if "://" not in options.votes else HERE / "votes")
-    state_dir = options.state_dir or (Path("/data/state") if Path("/data").is_dir() else local.with_suffix(".state"))
+    state_dir = options.state_dir or local.with_suffix(".state")
+    if ON_SPACE:
+        check_lasting_secret(options.votes)
     sink = open_sink(options.votes)
     pool = comparison.pool(options.pairs_per_class)
     folder = keep_pool(pool, sink)

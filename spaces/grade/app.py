@@ -34,8 +34,9 @@ from pathalign.grading.example import CANDIDATES, make_images
 from pathalign.grading.gate import LOCAL_HOSTS, Gate
 from pathalign.grading.outbox import Outbox, install_sigterm
 from pathalign.grading.service import GradingService
-from pathalign.grading.sinks import open_sink
-from pathalign.grading.study import Study, study_secret
+from pathalign.grading.sinks import HUB_PREFIX, open_sink
+from pathalign.grading.study import Study, check_lasting_secret, study_secret
+from pathalign.progress import say
 from pathalign.schema import InputError
 
 HERE = Path(__file__).resolve().parent
@@ -145,7 +146,7 @@ def create_app(
     """
     app = FastAPI(title=service.study.title, docs_url=None, redoc_url=None, openapi_url=None)
     _add_door(app, access)
-    _add_results(app, service)
+    _add_results(app, service, access)
     door = _door_page(access)
     app.add_middleware(Gate, access=access, hosts=hosts, origins=origins, frames=frames, door_page=door)
     if access.door.kind == "hub":
@@ -177,16 +178,15 @@ def _add_sign_in(app: FastAPI) -> None:
     attach_oauth(app)
 
 
-def _add_results(app: FastAPI, service: GradingService) -> None:
+def _add_results(app: FastAPI, service: GradingService, access: Access) -> None:
     """The owner's page; the gate lets nobody else there."""
-    study = service.study
 
     @app.get("/results")
     def to_results() -> RedirectResponse:
         return RedirectResponse("./results/")
 
-    names = [person.name for person in study.people] + list(study.owners)
-    app.mount("/results", _sibling("results").results_page(service, lambda: service.catalogue.images, names))
+    results_page = _sibling("results").results_page
+    app.mount("/results", results_page(service, lambda: service.catalogue.images, access.known_names))
 
 
 def _add_door(app: FastAPI, access: Access) -> None:
@@ -270,18 +270,19 @@ def claim_zero_gpu() -> None:
 def main() -> None:
     """Serve `study.yaml` beside this file, as a Space does."""
     claim_zero_gpu()
-    if (
-        Study.load(HERE / "study.yaml").candidates == CANDIDATES
-    ):  # the example, not yet drawn: else the path is absolute
-        make_images(HERE)
     study = Study.load(HERE / "study.yaml")
-    state_dir = Path("/data/state") if Path("/data").is_dir() else HERE / "state"
+    if study.candidates == CANDIDATES:  # the example, not yet drawn: once it is, the path is absolute
+        make_images(HERE)
+        study = Study.load(HERE / "study.yaml")
+    check_lasting_secret(study.sink)
+    if not study.sink.startswith(HUB_PREFIX):
+        say(f"Grades go to {study.sink} on this disk, which a Space forgets: name {HUB_PREFIX}USER/REPO as `sink`.")
+    state_dir = HERE / "state"  # not a volume: SQLite needs the locks and syncs of a disk, which a bucket lacks
     service = open_service(study, state_dir)
     author = [os.environ["SPACE_AUTHOR_NAME"]] if "SPACE_AUTHOR_NAME" in os.environ else []
     names = [person.name for person in study.people] or ([] if study.organization else author)
-    pseudonyms = {person.name: person.pseudonym for person in study.people if person.pseudonym}
     secret = study_secret(state_dir)
-    access = Access(HubDoor(), secret, names, study.owners or author, study.organization, pseudonyms)
+    access = Access(HubDoor(), secret, names, study.owners or author, study.organization, study.pseudonyms)
     own_names = tuple(name.strip() for name in os.environ.get("SPACE_HOST", "").split(",") if name.strip())
     frames = "https://huggingface.co https://*.huggingface.co"
     serve(create_app(service, access, None, own_names, frames), service, "0.0.0.0", SPACE_PORT)

@@ -69,6 +69,14 @@ function makeOutbox(grader) {
     });
   }
   const write = ({ key, row, recorded }) => guarded(() => localStorage.setItem(key, JSON.stringify({ row, recorded })));
+  function mark(ids, recorded) {
+    for (const id of ids) {
+      const entry = rows.get(id);
+      if (!entry || entry.recorded === recorded) continue;
+      entry.recorded = recorded;
+      write(entry);
+    }
+  }
   read();
   return {
     read,
@@ -78,14 +86,8 @@ function makeOutbox(grader) {
       rows.set(row.grade_id, { key, row, recorded: false });
       write(rows.get(row.grade_id));
     },
-    markRecorded(ids) {
-      for (const id of ids) {
-        const entry = rows.get(id);
-        if (!entry || entry.recorded) continue;
-        entry.recorded = true;
-        write(entry);
-      }
-    },
+    markRecorded: (ids) => mark(ids, true),
+    markUnsent: (ids) => mark(ids, false),
     remove(ids) {
       for (const id of ids) {
         const entry = rows.get(id);
@@ -127,8 +129,10 @@ function makeSender(call, outbox, { isAway, onReply, onRefused, onChange }) {
   }
   async function askSaved() {
     const reply = await call("saved_rows", { grade_ids: outbox.unsaved().slice(0, 500) });
-    if (reply) outbox.remove(reply.saved ?? []);
-    return Boolean(reply);
+    if (!reply) return false;
+    outbox.remove(reply.saved ?? []);
+    outbox.markUnsent(reply.unknown ?? []); // a server whose disk was wiped has forgotten them
+    return true;
   }
   async function round() {
     if (busy) return;

@@ -266,19 +266,23 @@ function askAboutScreen(element) {
   });
 }
 
+function keepSession(session) {
+  try {
+    sessionStorage.setItem("pathalign/session", JSON.stringify(session));
+  } catch {
+    // without storage every visit is a session of its own
+  }
+}
+
 async function openSession(element) {
   const session = { session_id: newId(), note: undefined };
   try {
     Object.assign(session, JSON.parse(sessionStorage.getItem("pathalign/session")) ?? {});
   } catch {
-    // without storage every visit is a session of its own
-  }
-  if (session.note === undefined) session.note = await askAboutScreen(element);
-  try {
-    sessionStorage.setItem("pathalign/session", JSON.stringify(session));
-  } catch {
     // as above
   }
+  if (session.note === undefined) session.note = await askAboutScreen(element);
+  keepSession(session);
   return {
     session_id: session.session_id,
     colour_note: session.note,
@@ -342,6 +346,7 @@ async function start(element, server) {
     await pause(backOff(failures));
   }
   link.grader = opening.grader;
+  keepSession({ session_id: opening.session, note: session.colour_note }); // a new one if the last was somebody else's
   const { study } = opening;
   let progress = opening.progress;
   let graded = progress.done > 0;
@@ -370,7 +375,7 @@ async function start(element, server) {
     if (entry && changed && idle) views[entry.mode].home.focus({ preventScroll: true });
     refresh();
   };
-  const desk = makeDesk({ call, outbox, sender, timer, views, session: session.session_id, onShow });
+  const desk = makeDesk({ call, outbox, sender, timer, views, session: opening.session, onShow });
   refresh = () => {
     const unsent = outbox.unsent();
     graded ||= unsent.length > 0;

@@ -9,7 +9,7 @@ import io
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,14 +68,17 @@ class Bar:
 
 
 def results_page(
-    service: Source, candidates: Callable[[], ImageSet] | None = None, names: Sequence[str] = (), samples: int = SAMPLES
+    service: Source,
+    candidates: Callable[[], ImageSet] | None = None,
+    names: Callable[[], Collection[str]] = tuple,
+    samples: int = SAMPLES,
 ) -> Router:
     """An application with the page at `/` and exports at `/export/FORMAT`.
 
     Args:
         service: The study that is graded.
         candidates: Gives the graded images; without it there are no exports that hold images.
-        names: Graders' names, which are taken out of comments in exports.
+        names: Gives the names of graders and owners, which are taken out of comments in exports.
         samples: Resamples behind each interval of agreement.
     """
     latest = Latest(service, samples)
@@ -95,7 +98,8 @@ def results_page(
             return PlainTextResponse(unknown_name("export format", name, formats), 404, HEADERS)
         inputs = service.results_inputs()
         simulated = any(grade.simulated for grade in inputs.grades)
-        options = ExportOptions((name,), simulated, pseudonyms=chosen_pseudonyms(service), names=names)
+        pseudonyms = service.study.pseudonyms.values()
+        options = ExportOptions((name,), simulated, pseudonyms=pseudonyms, names=names())
         try:
             content = zipped(Recorded(inputs.grades, inputs.preferences), options, candidates and candidates())
         except InputError as error:
@@ -156,11 +160,6 @@ def render(service: Source, results: Results, formats: Sequence[str], base: str 
         not_measured=NOT_MEASURED,
         rubric=f"{study.checklist.name} {study.checklist.version}",
     )
-
-
-def chosen_pseudonyms(service: Source) -> list[str]:
-    """Pseudonyms that the study gives its graders itself."""
-    return [person.pseudonym for person in service.study.people if person.pseudonym]
 
 
 def zipped(recorded: Recorded, options: ExportOptions, candidates: ImageSet | None) -> bytes:

@@ -81,6 +81,7 @@ class Grader:
         self.site, self.name, self.tally = site, name, tally
         self.client = httpx.Client(base_url=site.url, headers={"origin": site.url}, timeout=10)
         self.component = 0
+        self.thinking = np.random.default_rng(list(name.encode()))
 
     def enter(self) -> None:
         self.client.post("/enter", json={"token": self.site.tokens[self.name]}).raise_for_status()
@@ -101,7 +102,7 @@ class Grader:
 
     def work(self) -> None:
         for number in range(GRADES_EACH):
-            time.sleep(THINK_S * np.random.default_rng(hash((self.name, number)) % 2**32).uniform(0.5, 1.5))
+            time.sleep(THINK_S * self.thinking.uniform(0.5, 1.5))
             reply, next_ms = self.call("next_items", mode="single", count=1, exclude=[])
             if not reply["items"]:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -13,8 +14,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    graders = ("ada", "bea", "cid", "dan", "eve")
-    made = make_site(tmp_path_factory.mktemp("outage") / "study", graders=graders, graders_per_image=5)
+    graders = ("ada", "bea", "cid", "dan", "eve", "fay")
+    made = make_site(tmp_path_factory.mktemp("outage") / "study", graders=graders, graders_per_image=6)
     yield made.start()
     made.stop()
 
@@ -107,3 +108,21 @@ def test_grades_are_not_taken_for_those_of_somebody_who_signs_in_later_in_the_sa
     other.goto(site.link("dan"))
     settle(page, "recorded")
     assert len(rows_of(site, page)) == 1
+
+
+def test_what_a_server_with_a_wiped_disk_has_forgotten_is_sent_again_without_a_reload(
+    context: BrowserContext, site: Site
+):
+    page = visit(context, site, "fay")
+    for _ in range(3):
+        page.keyboard.press("p")
+    settle(page, "recorded")
+    before = rows_of(site, page)
+    site.kill()
+    for path in site.state.glob("outbox.sqlite*"):
+        path.unlink()
+    shutil.rmtree(site.folder / "grades", ignore_errors=True)  # as if it had not been sent there yet
+    site.start()
+    settle(page)
+    assert status(page) == "All saved"
+    assert [row["grade_id"] for row in rows_of(site, page)] == [row["grade_id"] for row in before]
