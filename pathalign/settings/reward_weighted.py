@@ -26,6 +26,12 @@ class RewardWeightedConfig(AdapterConfig):
         "Of `contrastive`: how far the implicit policies lie from the sampling one; smaller pushes harder.",
         minimum=0.01,
     )
+    noise_share: float = option(
+        0.35,
+        "Synthetic images are noised up to this share of the schedule: details are decided late in sampling.",
+        minimum=0.01,
+        maximum=1.0,
+    )
     rounds: int = option(3, "Times that images are drawn with the current adapter, scored and trained on.", minimum=1)
     images_per_class: int = option(70, "Images of each class drawn in a round.", minimum=2)
     inference_steps: int = option(10, "Denoising steps of these images.", minimum=1)

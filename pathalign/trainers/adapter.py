@@ -206,12 +206,16 @@ class AdapterTrainer(ABC, Generic[Config]):
         return denoising_loss(self.unet, self.training_schedule, clean, conditions, noise, timesteps).mean()
 
     def noised(
-        self, pixel_values: Tensor, class_ids: Tensor, generator: torch.Generator
+        self, pixel_values: Tensor, class_ids: Tensor, generator: torch.Generator, share: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This process's images (turned at random), classes, noise and timesteps; timesteps are spread evenly."""
+        """This process's images (turned at random), classes, noise and timesteps.
+
+        Timesteps are spread evenly over the lowest `share` of the schedule.
+        """
         images = random_orientations(pixel_values, generator)
         noise = torch.randn(images.shape, generator=generator)
-        timesteps = evenly_spread(len(images), self.training_schedule.config.num_train_timesteps, generator)
+        highest = max(1, round(share * self.training_schedule.config.num_train_timesteps))
+        timesteps = evenly_spread(len(images), highest, generator)
         return self.own(images), self.own(class_ids), self.own(noise), self.own(timesteps)
 
     def own(self, values: Tensor) -> Tensor:

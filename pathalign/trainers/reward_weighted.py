@@ -186,7 +186,7 @@ class RewardWeightedTrainer(AdapterTrainer[RewardWeightedConfig]):
             0, len(batch.images), (self.config.batch_size * self.accelerator.num_processes,), generator=generator
         )
         clean, class_ids, noise, timesteps = self.noised(
-            to_pixel_values(batch.images[index]), batch.class_ids[index], generator
+            to_pixel_values(batch.images[index]), batch.class_ids[index], generator, self.config.noise_share
         )
         weights = self.own(batch.weights[index])
         conditions = self.conditioning(class_ids)
