@@ -6,9 +6,9 @@ when a command runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 FORMATS = ("jsonl", "csv", "parquet", "images", "paper", "preferences")
 LAYOUTS = ("auto", "paper", "label-studio", "table")
 SET = "PATH_OR_REPO_ID"
+
+
+def _output_dir(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option that names the folder a command makes."""
+    return click.option(
+        "--output-dir",
+        "folder",
+        type=click.Path(path_type=Path),
+        default=default,
+        show_default=True,
+        help="Folder that is made.",
+    )
 
 
 @click.command("export", epilog=DISCLAIMER)
@@ -37,14 +49,7 @@ SET = "PATH_OR_REPO_ID"
 )
 @click.option("--simulated", is_flag=True, help="Simulated grades too; every file then says so.")
 @click.option("--comments/--no-comments", default=True, show_default=True, help="The graders' free text too.")
-@click.option(
-    "--output-dir",
-    "folder",
-    type=click.Path(path_type=Path),
-    default="runs/export",
-    show_default=True,
-    help="Folder that is made.",
-)
+@_output_dir("runs/export")
 def export_command(
     source: str, candidates: str | None, formats: tuple[str, ...], simulated: bool, comments: bool, folder: Path
 ) -> tuple[RunRecord, Path]:
@@ -76,14 +81,7 @@ def export_command(
 @click.option("--criteria-field", metavar="NAME", default="failed_criteria", help="The choices that name criteria.")
 @click.option("--grader", default="imported", show_default=True, help="Pseudonym, where the source names nobody.")
 @click.option("--rubric-version", default="", help="Checklist that the verdicts were given against.")
-@click.option(
-    "--output-dir",
-    "folder",
-    type=click.Path(path_type=Path),
-    default="runs/imported",
-    show_default=True,
-    help="Folder that is made.",
-)
+@_output_dir("runs/imported")
 def import_command(
     source: Path,
     layout: str,

@@ -175,3 +175,22 @@ def settle(page: Page, state: str = "saved") -> None:
 def shown(page: Page) -> str:
     """The image in front, by its address; changes with each image."""
     return str(page.evaluate("document.querySelector('.single .stage img').src"))
+
+
+def wait_for_other(page: Page, image: str) -> str:
+    """Wait until a single image other than `image` is in front; its address."""
+    page.wait_for_function(
+        "source => document.querySelector('.page').dataset.view === 'single'"
+        " && document.querySelector('.single .stage img').src !== source",
+        arg=image,
+    )
+    return shown(page)
+
+
+def accept(page: Page, count: int) -> list[str]:
+    """Find the next `count` images plausible, by key; their addresses in that order. Another image must follow them."""
+    images = [shown(page)]
+    for _ in range(count):
+        page.keyboard.press("p")
+        images.append(wait_for_other(page, images[-1]))
+    return images[:-1]

@@ -63,6 +63,16 @@ def candidates(unseen, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def fading(unseen, tmp_path_factory) -> Path:
+    """Unseen cells in four steps towards plain grey: images of every plausibility, not only good and bad ones."""
+    folder = tmp_path_factory.mktemp("fading")
+    strengths = [1.0, 0.85, 0.7, 0.55]
+    images = torch.cat([128 + strength * (unseen.images.float() - 128) for strength in strengths]).round().byte()
+    ImageSet.build(images, unseen.class_ids.repeat(len(strengths)), unseen.class_names).save(folder)
+    return folder
+
+
 def grades_of(candidates: Path, grader: Path, folder: Path, **settings) -> list[dict]:
     grade(GradeConfig(candidates=str(candidates), grader=str(grader), **settings), folder)
     return [json.loads(line) for line in (folder / "grades.jsonl").read_text().splitlines()]
@@ -236,19 +246,25 @@ def test_a_bias_makes_graders_lenient_or_strict(candidates, fitted, tmp_path):
     assert shares[0] < shares[1] < shares[2]
 
 
-def test_graders_with_their_own_thresholds_differ_and_are_nested(candidates, fitted, tmp_path):
-    alike = grades_of(candidates, fitted, tmp_path / "alike", graders=3)
-    differing = grades_of(candidates, fitted, tmp_path / "differing", graders=3, threshold_spread=2.0)
+def accepted_by_grader(rows: list[dict]) -> list[set[str]]:
+    """Ids of the images that each grader finds plausible, strictest grader first."""
+    accepted: dict[str, set[str]] = {row["grader"]: set() for row in rows}
+    for row in rows:
+        if row["verdict"] == "plausible":
+            accepted[row["grader"]].add(row["image_id"])
+    return sorted(accepted.values(), key=len)
 
-    def accepted(rows: list[dict]) -> list[set[str]]:
-        names = sorted({row["grader"] for row in rows})
-        plausible = [row for row in rows if row["verdict"] == "plausible"]
-        return [{row["image_id"] for row in plausible if row["grader"] == name} for name in names]
 
-    assert accepted(alike)[0] == accepted(alike)[1] == accepted(alike)[2]
-    ordered = sorted(accepted(differing), key=len)
-    assert ordered[0] <= ordered[1] <= ordered[2]  # one threshold is stricter than another, for all images
-    assert ordered[0] < ordered[2]
+def test_graders_without_thresholds_of_their_own_accept_the_same(candidates, fitted, tmp_path):
+    first, second, third = accepted_by_grader(grades_of(candidates, fitted, tmp_path / "grades", graders=3))
+    assert first == second == third != set()
+
+
+def test_graders_with_their_own_thresholds_differ_and_are_nested(fading, fitted, tmp_path):
+    # the bias puts the thresholds where images of every plausibility lie
+    rows = grades_of(fading, fitted, tmp_path / "grades", graders=3, threshold_spread=2.0, bias=2.0)
+    strict, medium, lenient = accepted_by_grader(rows)
+    assert strict < medium < lenient  # proper subsets: one threshold is stricter than another, for all images
 
 
 def test_probabilities_near_the_threshold_are_called_unsure(candidates, fitted, grader, tmp_path):

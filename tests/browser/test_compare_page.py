@@ -6,12 +6,16 @@ import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Request
+from playwright.sync_api import Browser, Page
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from test_results import space_module
 from test_versus import save_models
 
@@ -22,12 +26,35 @@ SERIOUS = ("serious", "critical")
 WAIT_MS = 90_000  # a loaded machine is slow, not wrong
 
 
+class Recorder:
+    """Keeps the headers and the body of everything that the server sends, an entry of `sent` for each request.
+
+    A browser cannot be asked for this afterwards: Gradio's client aborts its stream of answers as soon as the last one
+    is in, and of an aborted request no body is left. Here bytes are kept before they are sent.
+    """
+
+    def __init__(self, app: ASGIApp, sent: list[bytearray]) -> None:
+        self.app, self.sent = app, sent
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kept = bytearray()
+        self.sent.append(kept)
+
+        async def keep_and_send(message: Message) -> None:
+            for part in (*(part for header in message.get("headers", ()) for part in header), message.get("body", b"")):
+                kept.extend(part)
+            await send(message)
+
+        await self.app(scope, receive, keep_and_send)
+
+
 @dataclass
 class Server:
     address: str
-    app: ModuleType
-    ballot: object
+    page: Any
+    ballot: Any
     votes: Path
+    sent: list[bytearray]
 
 
 def free_port() -> int:
@@ -35,13 +62,17 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def serve(app: ModuleType, arguments: list[str]) -> tuple[str, object, object]:
-    """What `main` does, without blocking: address, page, ballot."""
+def serve(app: ModuleType, arguments: list[str]) -> Server:
+    """What `main` does, without blocking and with a record of what is sent."""
     options = app.read_options([*arguments, "--port", str(free_port())])
     comparison, ballot, problem = app.open_all(options)
     page = app.build_page(comparison, ballot, problem)
+    sent: list[bytearray] = []
+    recorded = {"middleware": [Middleware(Recorder, sent=sent)]}
+    # without Gradio's look at its own page, which fails where that takes longer than 3 s
+    page.launch = partial(page.launch, app_kwargs=recorded, _frontend=False)
     app.launch(page, options.host, options.port, block=False)
-    return f"http://{options.host}:{options.port}", page, ballot
+    return Server(f"http://{options.host}:{options.port}", page, ballot, Path(options.votes or ""), sent)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +86,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     app = space_module("compare/app")
     arguments = ["--base-model", base, "--aligned-adapter", adapter, "--inference-steps", "2"]
     arguments += ["--votes", str(folder / "votes"), "--pairs-per-class", "3"]
-    address, page, ballot = serve(app, arguments)
-    yield Server(address, app, ballot, folder / "votes")
-    page.close()
-    ballot.votes.outbox.close()
+    served = serve(app, arguments)
+    yield served
+    served.page.close()
+    served.ballot.votes.outbox.close()
 
 
 def new_page(browser: Browser, width: int = 1440, scheme: str = "light") -> Page:
@@ -115,9 +146,9 @@ def test_a_class_is_chosen_by_its_button_and_shown_with_the_same_seeds(browser, 
 def test_a_vote_is_recorded_under_a_pseudonym_and_tells_the_browser_nothing_of_the_sides(browser, server):
     page = new_page(browser)
     outside: list[str] = []
-    finished: list[Request] = []
     page.on("request", lambda request: outside.append(request.url))
-    page.on("requestfinished", lambda request: finished.append(request))
+    page.on("websocket", lambda socket: outside.append(socket.url))  # is not recorded, so there must be none
+    earlier = len(server.sent)
     page.goto(server.address)
     page.get_by_role("tab", name="Blind vote").click()
     shown = []
@@ -131,14 +162,15 @@ def test_a_vote_is_recorded_under_a_pseudonym_and_tells_the_browser_nothing_of_t
         page.get_by_role("button", name=button).click()
     page.get_by_text("4 of 6 votes recorded.").wait_for()
     assert len(set(shown)) == 8
-    answers = "\n".join(request.response().text() for request in finished if "/queue/data" in request.url)
-    messages = [line for line in answers.splitlines() if "votes recorded" in line]  # the other tab names its images
-    assert messages  # how many streams have ended by now depends on the machine
+    received = b"\n".join(server.sent[earlier:]).decode("utf-8", "replace")
+    assert [picture for picture in shown if picture not in received] == []
+    messages = [line for line in received.splitlines() if "votes recorded" in line]  # the other tab names its images
+    told = without_pictures("\n".join(messages)).lower()
+    assert re.findall(r"(\d+) of 6 votes recorded", told) == ["0", "1", "2", "3", "4"]
     rows = server.ballot.votes.outbox.rows("preference")
     kept = [row[key] for row in rows for key in ("left_image_id", "right_image_id", "preference_id", "grader")]
     assert len(kept) == 16
-    assert [word for word in kept if word in answers] == []
-    told = without_pictures("".join(messages)).lower()
+    assert [word for word in kept if word in received] == []
     assert [word for word in ("aligned", "seed") if word in told] == []
     server.ballot.votes.outbox.flush()
     rows = read_recorded(server.votes).preferences
@@ -148,7 +180,7 @@ def test_a_vote_is_recorded_under_a_pseudonym_and_tells_the_browser_nothing_of_t
     assert rows[0].grader.startswith("grader-")
     candidates = ImageSet.load(server.votes / server.ballot.folder)
     assert {row.left_image_id for row in rows} <= set(candidates.image_ids)
-    local = (server.address, server.address.replace("http", "ws"), "data:", "blob:")
+    local = (server.address, "data:", "blob:")
     assert [url for url in outside if not url.startswith(local)] == []
     page.close()
 
@@ -180,13 +212,13 @@ def test_two_quick_clicks_are_one_vote_and_the_end_says_so(browser, server):
 )
 def test_without_models_the_page_says_how_to_name_them(browser, arguments, message):
     app = space_module("compare/app")
-    address, served, _ = serve(app, arguments)
+    served = serve(app, arguments)
     page = new_page(browser, 390)
-    page.goto(address)
+    page.goto(served.address)
     page.get_by_text(message).wait_for()
     assert "Never for diagnosis" in page.inner_text("body")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     if not arguments:
         assert "--base-model runs/demo/base --aligned-adapter runs/demo/adapter" in page.inner_text("body")
     page.close()
-    served.close()
+    served.page.close()

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from grading_site import Site, chromium, make_site, settle, shown, visit
+from grading_site import Site, accept, chromium, make_site, settle, visit
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.tree import DecisionTreeClassifier
@@ -74,10 +74,7 @@ def test_everything_that_a_browser_received_looks_alike_for_all_kinds_of_images(
         context = browser.new_context()
         context.on("response", keep)
         page = visit(context, site)
-        for _ in range(120):
-            image = shown(page)
-            page.keyboard.press("p")
-            page.wait_for_function("source => document.querySelector('.single .stage img').src !== source", arg=image)
+        accept(page, 120)
         settle(page, "recorded")
         page.wait_for_load_state("networkidle")
         alts = page.evaluate("[...document.querySelectorAll('.stage img')].map(image => image.alt)")

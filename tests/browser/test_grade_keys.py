@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from grading_site import SLOW_LINK, Site, make_site, settle, shown, visit
+from grading_site import SLOW_LINK, Site, accept, make_site, settle, shown, visit
 from playwright.sync_api import Browser, Page
 
 
@@ -108,11 +108,7 @@ def test_an_implausible_image_needs_a_reason_and_takes_everything_that_was_said(
 
 def test_undo_goes_back_step_by_step_and_a_new_answer_replaces_the_old_one(open_page, site: Site):
     page = open_page("fay")
-    images = []
-    for _ in range(24):
-        images.append(shown(page))
-        page.keyboard.press("p")
-        page.wait_for_function("source => document.querySelector('.single .stage img').src !== source", arg=images[-1])
+    images = accept(page, 24)
     front = shown(page)
     for image in reversed(images[2:]):
         page.keyboard.press("z")
@@ -128,10 +124,7 @@ def test_undo_goes_back_step_by_step_and_a_new_answer_replaces_the_old_one(open_
 
 def test_undo_reaches_grades_given_in_another_browser(open_page, site: Site):
     first = open_page("gil")
-    images = []
-    for _ in range(3):
-        images.append(shown(first))
-        first.keyboard.press("p")
+    images = accept(first, 3)
     old = rows_of(site, first)
     second = open_page("gil")
     assert shown(second) == shown(first)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from grading_site import Site, make_site, settle, shown, visit
-from playwright.sync_api import Browser, Page
+from grading_site import Site, make_site, settle, shown, visit, wait_for_other
+from playwright.sync_api import Browser
 
 from pathalign.grades import current_grades
 from pathalign.schema import Grade
@@ -21,15 +21,6 @@ def site(tmp_path: Path) -> Iterator[Site]:
     made = make_site(tmp_path / "study", per_class=40)
     yield made.start()
     made.stop()
-
-
-def wait_for_other(page: Page, image: str) -> str:
-    page.wait_for_function(
-        "source => document.querySelector('.page').dataset.view === 'single'"
-        " && document.querySelector('.single .stage img').src !== source",
-        arg=image,
-    )
-    return shown(page)
 
 
 def test_two_hundred_images_by_keyboard_alone_then_another_browser_goes_on_at_the_right_image(
