@@ -24,6 +24,17 @@ def random_orientations(pixel_values: Tensor, generator: torch.Generator) -> Ten
     return result
 
 
+def random_shifts(pixel_values: Tensor, generator: torch.Generator) -> Tensor:
+    """Move each image of a batch `(n, channels, size, size)` by up to a sixteenth of its size, repeating its border."""
+    count, _, size, _ = pixel_values.shape
+    reach = max(1, size // 16)
+    shifts = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
+    rows, columns = ((torch.arange(size) + shift).clamp(0, size - 1).to(pixel_values.device) for shift in shifts)
+    images = torch.arange(count, device=pixel_values.device)[:, None, None]
+    moved = pixel_values.movedim(1, -1)[images, rows[:, :, None], columns[:, None, :]]
+    return moved.movedim(-1, 1)
+
+
 def random_exposure(pixel_values: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """Vary contrast, brightness, colour balance, position (by a few pixels) and sensor noise of a batch in [-1, 1].
 

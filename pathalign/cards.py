@@ -30,7 +30,7 @@ PIPELINE_TAG = {
 }
 TAGS = {
     "diffusion_base": ["diffusion", "class-conditional"],
-    "lora_adapter": ["diffusion", "class-conditional", "lora", "reward-weighted"],
+    "lora_adapter": ["diffusion", "lora"],
     "reward_model": ["reward-model"],
 }
 COLUMNS = {  # name in the report -> what readers see
@@ -69,12 +69,19 @@ class Grading:
         n_grades: Grades given, None if not known.
         n_graders: Graders who gave them, None if not known.
         krippendorff_alpha: Their agreement, 1 is perfect; None where it was not measured.
+        functions: Python functions that gave rewards beside, or in place of, a model of the grades.
     """
 
     simulated: bool
     n_grades: int | None = None
     n_graders: int | None = None
     krippendorff_alpha: float | None = None
+    functions: tuple[str, ...] = ()
+
+    @property
+    def by_nobody(self) -> bool:
+        """Whether no grades are behind it, functions only."""
+        return bool(self.functions) and not self.simulated and self.n_grades is None
 
     @classmethod
     def from_agreement(cls, agreement: Mapping[str, Any]) -> Grading:
@@ -101,6 +108,7 @@ def render(
     grading: Grading | None = None,
     base_model: str | None = None,
     class_names: Sequence[str] = (),
+    prompts: Sequence[str] = (),
     repo_id: str = "PATH_OR_REPO_ID",
     license: str = "apache-2.0",
 ) -> str:
@@ -113,6 +121,7 @@ def render(
         grading: Who graded; a base model has none.
         base_model: Hub id or folder of the model that an adapter belongs to. A folder stays out of the front matter.
         class_names: Classes in the order of their ids.
+        prompts: What Stable Diffusion is asked for, class by class; a class-conditional model has none.
         repo_id: Where the usage snippet loads from.
         license: Hub identifier of the licence of the weights.
 
@@ -125,8 +134,8 @@ def render(
     metadata = ModelCardData(
         license=license,
         library_name=LIBRARY[kind],
-        pipeline_tag=PIPELINE_TAG[kind],
-        tags=["pathalign", "medical-imaging", "synthetic", "not-for-diagnosis", *TAGS[kind]],
+        pipeline_tag="text-to-image" if prompts else PIPELINE_TAG[kind],
+        tags=["pathalign", "medical-imaging", "synthetic", "not-for-diagnosis", *_tags(kind, record, prompts)],
         base_model=base_model if on_hub else None,
         base_model_relation="adapter" if on_hub and kind == "lora_adapter" else None,
     )
@@ -142,6 +151,7 @@ def render(
         grading=grading,
         base_model=base_model if on_hub or base_model is None else Path(base_model).name,
         class_names=list(class_names),
+        prompts=list(prompts),
         repo_id=repo_id,
         headline=report.get("headline"),
         image_table=_image_table(
@@ -174,6 +184,14 @@ def _check(kind: str, grading: Grading | None, base_model: str | None) -> None:
         raise InputError("An adapter's card needs `base_model`: the Hub id or folder of the model it belongs to.")
     if kind != "diffusion_base" and grading is None:
         raise InputError(f"The card of a {kind} needs `grading`: who gave the grades that it learned from.")
+
+
+def _tags(kind: CardKind, record: RunRecord, prompts: Sequence[str]) -> list[str]:
+    """An adapter's tags say what it belongs to, and which method made it."""
+    if kind != "lora_adapter":
+        return TAGS[kind]
+    method = record.metrics.get("method")
+    return [*TAGS[kind], "stable-diffusion" if prompts else "class-conditional", *([method] if method else [])]
 
 
 def _is_repo_id(path_or_repo_id: str) -> bool:

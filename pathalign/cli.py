@@ -13,31 +13,22 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, fields
-from itertools import chain
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import click
 
 from pathalign import commands, transfer
-from pathalign.config import (
-    ConfigError,
-    StageConfig,
-    build,
-    default_of,
-    parse_overrides,
-    plain_type,
-    read_yaml,
-)
+from pathalign.config import ConfigError, StageConfig, build, parse_overrides, read_yaml, unknown_choice
+from pathalign.options import given_settings, setting_options
 from pathalign.schema import DISCLAIMER, InputError, RunRecord
-from pathalign.stages import STAGES, load
+from pathalign.stages import STAGES, Stage, load
 from pathalign.workflow import StepResult, execute, merge, peak_rss_mb, plan, recipe
 
 INTERRUPTED = "Interrupted. Run the same command again to go on where it was."
-ALIGN_METHODS = ("reward-weighted",)
 
 
 class Commands(click.Group):
@@ -71,75 +62,60 @@ def _explain(error: Exception) -> str:
     return f"{type(error).__name__}: {text or 'no message'} (`pathalign --debug ...` shows the traceback)"
 
 
-class CommaSeparated(click.ParamType):
-    """A list in one word: `a,b`. Values `element` turns text into."""
-
-    def __init__(self, element: type) -> None:
-        self.element = element
-        self.name = f"{element.__name__},..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        """Split at commas; an empty word is an empty list."""
-        try:
-            return [self.element(word.strip()) for word in value.split(",") if word.strip()]
-        except ValueError:
-            self.fail(f"{value!r} is no list of {self.element.__name__}, such as 1,2.", param, ctx)
-
-
-def setting_options(config_class: type[StageConfig]) -> list[click.Parameter]:
-    """One option for each field, named and explained as the field is; what is not given stays None or empty."""
-    hints = get_type_hints(config_class)
-    options: list[click.Parameter] = []
-    for item in fields(config_class):
-        kind, _, choices = plain_type(hints[item.name])
-        default = default_of(item)
-        shown = ",".join(map(str, default)) if isinstance(default, list) else "" if default is None else str(default)
-        flag = f"--{item.name.replace('_', '-')}"
-        help_text = f"{item.metadata['help']}  [default: {shown or 'none'}]"
-        if kind is bool:
-            options.append(click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=help_text))
-        elif kind is list:
-            element = CommaSeparated(get_args(hints[item.name])[0])
-            options.append(click.Option([flag], type=element, multiple=True, help=help_text))
-        else:
-            options.append(click.Option([flag], type=click.Choice(choices) if choices else kind, help=help_text))
-    return options
-
-
-def given_settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the command line names; repeated lists are joined."""
-    named = {key: value for key, value in options.items() if value is not None and value != ()}
-    return {key: list(chain(*value)) if isinstance(value, tuple) else value for key, value in named.items()}
-
-
 JSON_HELP = "Print the result as one JSON object on stdout."
+CONFIG_OPTION = click.Option(
+    ["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file with settings."
+)
 
 
-def stage_command(name: str, stage: str, output_dir: str, extra: tuple[click.Parameter, ...] = ()) -> click.Command:
+def stage_command(name: str, stage: str, output_dir: str) -> click.Command:
     """Make the subcommand of a stage.
 
     Args:
         name: What the user types.
         stage: Its name in `STAGES`.
         output_dir: Default folder of what it makes; `{role}` is filled in from the settings.
-        extra: Further options, which are not settings.
     """
     entry = next(item for item in STAGES if item.name == stage)
-    config_class: type[StageConfig] = load(entry.settings)
+    if entry.methods:
+        return MethodCommand(name, entry, output_dir)
+    return command_of(name, entry, output_dir)
+
+
+def command_of(
+    name: str,
+    stage: Stage,
+    output_dir: str,
+    extra: tuple[click.Parameter, ...] = (),
+    instead: Callable[[StageConfig, bool, Mapping[str, Any]], bool] = lambda config, as_json, options: False,
+) -> click.Command:
+    """Make the command that does `stage` as it stands.
+
+    Args:
+        name: What the user types.
+        stage: What is done.
+        output_dir: Default folder of what it makes.
+        extra: Further options, which are not settings.
+        instead: Gets the configuration and these options; True says that there is nothing more to do.
+    """
+    config_class: type[StageConfig] = load(stage.settings)
 
     def callback(config_file: Path | None, folder: Path | None, as_json: bool, **options: Any) -> None:
-        for parameter in extra:
-            options.pop(parameter.name or "", None)
+        others = {parameter.name: options.pop(parameter.name or "") for parameter in extra}
         values = read_yaml(config_file) if config_file else {}
         named = values.pop("output_dir", None)
+        if stage.methods:
+            values.pop("method", None)
         config = build(config_class, {**values, **given_settings(options)}, title=f"pathalign {name}")
+        if instead(config, as_json, others):
+            return
         target = folder or Path(named or output_dir.format(**asdict(config)))
         with _quiet():
-            record: RunRecord = load(entry.entry)(config, target)
+            record: RunRecord = load(stage.entry)(config, target)
         _print({**asdict(record), "output_dir": str(target)}, as_json, f"{target}")
 
     shared: list[click.Parameter] = [
-        click.Option(["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file with settings."),
+        CONFIG_OPTION,
         click.Option(
             ["--output-dir", "folder"],
             type=click.Path(path_type=Path),
@@ -154,6 +130,71 @@ def stage_command(name: str, stage: str, output_dir: str, extra: tuple[click.Par
         help=f"{config_class.__doc__}\n\nOptions override the values in --config. {DISCLAIMER}",
         short_help=(config_class.__doc__ or "").split("\n")[0],
     )
+
+
+class MethodCommand(click.Command):
+    """A stage with a choice of methods: options and help are those of the one that `--method` or the file names.
+
+    Args:
+        name: What the user types.
+        stage: The stage, with its methods.
+        output_dir: Default folder of what it makes.
+    """
+
+    def __init__(self, name: str, stage: Stage, output_dir: str) -> None:
+        self.stage, self.output_dir = stage, output_dir
+        self.methods = [method.name for method in stage.methods]
+        super().__init__(name, short_help=f"{name.capitalize()} a model by one of {', '.join(self.methods)}.")
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Context of the command of the method that the arguments name."""
+        method = click.Option(
+            ["--method"],
+            type=click.Choice(self.methods),
+            default=self.stage.method,
+            show_default=True,
+            help="How it is done; each method has its own options, which `--method NAME --help` lists.",
+        )
+        estimate = click.Option(["--estimate"], is_flag=True, help="Print what this run would cost, and end.")
+        chosen = self.stage.by(self.chosen(list(args)))
+        command = command_of(self.name or "", chosen, self.output_dir, (method, estimate), print_estimate)
+        return command.make_context(info_name, args, parent, **extra)
+
+    def chosen(self, args: list[str]) -> str:
+        """The method that the command line names, or else the file of `--config`, or else the default.
+
+        Raises:
+            click.UsageError: If there is no such method.
+            ConfigError: If the file names one that does not exist.
+        """
+        look = click.Command(
+            self.name,
+            params=[click.Option(["--method"]), CONFIG_OPTION],
+            add_help_option=False,
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+        )
+        found = look.make_context(self.name, args, resilient_parsing=True).params
+        if found["method"] is not None:
+            if found["method"] not in self.methods:
+                raise click.UsageError(unknown_choice("--method", found["method"], self.methods))
+            return str(found["method"])
+        path = found["config_file"]
+        name = read_yaml(path).get("method", self.stage.method) if path else self.stage.method
+        if name not in self.methods:
+            raise ConfigError(str(path), [unknown_choice("method", name, self.methods)])
+        return str(name)
+
+
+def print_estimate(config: StageConfig, as_json: bool, options: Mapping[str, Any]) -> bool:
+    """With `--estimate`: print what a training run would cost, in place of the run."""
+    if options["estimate"]:
+        with _quiet():
+            estimate = load("pathalign.trainers.cost:estimate")(config)
+            text = load("pathalign.trainers.cost:table")(estimate)
+        _print(asdict(estimate), as_json, text)
+    return bool(options["estimate"])
 
 
 def with_subcommands(command: click.Command) -> click.Group:
@@ -244,13 +285,6 @@ grade.add_command(commands.invite_command)
 grade.add_command(printed(transfer.export_command))
 grade.add_command(printed(transfer.import_command))
 
-METHOD_OPTION = click.Option(
-    ["--method"],
-    type=click.Choice(ALIGN_METHODS),
-    default="reward-weighted",
-    show_default=True,
-    help="How the model is aligned.",
-)
 main.add_command(stage_command("data", "data", "runs/data"))
 main.add_command(stage_command("pretrain", "pretrain", "runs/base"))
 main.add_command(stage_command("generate", "generate", "runs/candidates"))
@@ -258,7 +292,7 @@ main.add_command(grade)
 feedback = with_subcommands(stage_command("feedback", "feedback", "runs/feedback"))
 main.add_command(feedback)
 main.add_command(stage_command("reward", "reward", "runs/reward"))
-main.add_command(stage_command("align", "align", "runs/adapter", (METHOD_OPTION,)))
+main.add_command(stage_command("align", "align", "runs/adapter"))
 main.add_command(stage_command("evaluate", "evaluate", "runs/evaluation"))
 
 

@@ -85,6 +85,14 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     return f"`{key}` is not known; " + (f"did you mean `{near[0]}`?" if near else f"use one of {', '.join(known)}.")
 
 
+def unknown_choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    """Say what a setting may be, and which of these is nearest to its value."""
+    choices = list(choices)
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"`{name}` is {value!r}; use one of {', '.join(map(repr, choices))}.{hint}"
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -208,9 +216,7 @@ def _problem(item: Any, hint: Any, value: Any) -> str | None:
     if value is None:
         return None if optional else f"`{item.name}` is empty; give a value: {item.metadata['help']}"
     if choices and value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-        hint_text = f" Did you mean {near[0]!r}?" if near else ""
-        return f"`{item.name}` is {value!r}; use one of {', '.join(map(repr, choices))}.{hint_text}"
+        return unknown_choice(item.name, value, choices)
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not fits or (isinstance(value, bool) and kind is not bool):
         return f"`{item.name}` is {value!r}; it must be of type {kind.__name__}. {item.metadata['help']}"

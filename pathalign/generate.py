@@ -6,19 +6,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import diffusers
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from pathalign.artefacts import artefact, fingerprint
 from pathalign.diffusion import lora
+from pathalign.diffusion.loading import BaseModel, load_base, pipeline_kind
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
 from pathalign.images import ImageSet, contact_sheet, to_images, to_pixel_values
 from pathalign.progress import Progress
-from pathalign.reward import RewardModel
+from pathalign.reward import RewardModel, RewardModelConfig
 from pathalign.schema import InputError, RunRecord, unknown_name
 from pathalign.settings.generate import GenerateConfig
 
@@ -43,34 +43,37 @@ class Sampling:
     best_of: int = 1
 
 
+class ImageReward(Protocol):
+    """A reward model, or what answers as one: `class_ids` are positions in `config.class_names`."""
+
+    config: RewardModelConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where images and class ids have to be."""
+
+    def rewards(self, pixel_values: Tensor, class_ids: Tensor) -> Tensor:
+        """Rewards of images `(n, 3, height, width)` in [-1, 1], shape `(n,)`."""
+
+
 def load_pipeline(path_or_repo_id: str, revision: str | None = None) -> ClassConditionalPipeline:
-    """A pipeline from a folder or the Hub, on the GPU where there is one.
+    """A class-conditional pipeline from a folder or the Hub, on the GPU where there is one.
 
     Raises:
-        InputError: If it cannot be loaded.
+        InputError: If it cannot be loaded, or is of another kind.
     """
-    diffusers.utils.logging.disable_progress_bar()
-    folder = Path(path_or_repo_id)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder} holds no pipeline (no model_index.json); make one with `pathalign pretrain`.")
-    try:
-        pipeline = ClassConditionalPipeline.from_pretrained(path_or_repo_id, revision=revision)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"No pipeline can be loaded from {path_or_repo_id!r}: {str(error).splitlines()[0]} "
-            "Check the path or Hub id, and your connection."
-        ) from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(PartialState().device)
+    if pipeline_kind(path_or_repo_id, revision) is not ClassConditionalPipeline:
+        raise InputError(f"{path_or_repo_id} is Stable Diffusion; give a pipeline made by `pathalign pretrain`.")
+    return load_base(path_or_repo_id, revision)
 
 
-def set_scheduler(pipeline: ClassConditionalPipeline, name: str) -> None:
+def set_scheduler(pipeline: BaseModel, name: str) -> None:
     """Change the sampler and keep the training schedule; names are the keys of `SCHEDULERS`."""
     pipeline.scheduler = SCHEDULERS[name].from_config(pipeline.scheduler.config)
 
 
 def sample(
-    pipeline: ClassConditionalPipeline,
+    pipeline: BaseModel,
     class_ids: Sequence[int],
     seeds: Sequence[int],
     inference_steps: int,
@@ -94,7 +97,7 @@ def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
     Raises:
         InputError: If the pipeline, adapter or reward model cannot be loaded, or a class is unknown.
     """
-    pipeline = load_pipeline(config.model, config.revision)
+    pipeline = load_base(config.model, config.revision, config.classes, config.prompt)
     names = config.classes or pipeline.class_names
     for name in names:
         if name not in pipeline.class_names:
@@ -155,8 +158,8 @@ def _reordered(values: list[Any], order: Tensor) -> list[Any]:
 
 
 def draw(
-    pipeline: ClassConditionalPipeline,
-    reward_model: RewardModel | None,
+    pipeline: BaseModel,
+    reward_model: ImageReward | None,
     class_ids: Sequence[int],
     sampling: Sampling,
     scratch: Path,
@@ -192,8 +195,8 @@ def draw(
 
 
 def _best_batch(
-    pipeline: ClassConditionalPipeline,
-    reward_model: RewardModel | None,
+    pipeline: BaseModel,
+    reward_model: ImageReward | None,
     class_ids: Sequence[int],
     sampling: Sampling,
     first_seed: int,
@@ -217,7 +220,7 @@ def _best_batch(
 
 
 @torch.no_grad()
-def score(reward_model: RewardModel, images: Tensor, class_ids: Sequence[int], class_names: Sequence[str]) -> Tensor:
+def score(reward_model: ImageReward, images: Tensor, class_ids: Sequence[int], class_names: Sequence[str]) -> Tensor:
     """Rewards of uint8 images `(n, 3, size, size)`, shape `(n,)`, on the CPU; `class_ids` index `class_names`.
 
     Raises:

@@ -14,13 +14,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pathalign.artefacts import fingerprint, partial_dir, write_atomically
-from pathalign.config import ConfigError, StageConfig, build, read_yaml, unknown_key
+from pathalign.config import ConfigError, StageConfig, build, read_yaml, unknown_choice, unknown_key
 from pathalign.progress import say
 from pathalign.schema import InputError, library_versions
 from pathalign.stages import STAGES, Stage, Step, load, stage_names
@@ -53,7 +53,8 @@ class Job:
     @property
     def label(self) -> str:
         """Stage, and which part of it where it has several."""
-        return self.stage.name if len(self.stage.steps) == 1 else f"{self.stage.name} ({self.step.part})"
+        alone = len(self.stage.steps) == 1 or self.step.part == self.stage.name
+        return self.stage.name if alone else f"{self.stage.name} ({self.step.part})"
 
 
 def plan(values: Mapping[str, Any], run_dir: Path, title: str = "The configuration") -> list[Job]:
@@ -61,7 +62,8 @@ def plan(values: Mapping[str, Any], run_dir: Path, title: str = "The configurati
 
     Args:
         values: Top keys (`TOP_KEYS`) and a section for each stage; the section of a stage of several steps may hold a
-            section for each of them, whose values come before the shared ones.
+            section for each of them, whose values come before the shared ones; that of a stage with a choice of
+            methods may hold `method`.
         run_dir: Directory in which the steps make their folders.
         title: What an error calls the configuration.
 
@@ -81,6 +83,13 @@ def plan(values: Mapping[str, Any], run_dir: Path, title: str = "The configurati
         if not isinstance(section, Mapping):
             problems.append(f"`{stage.name}` is {section!r}; it must hold `key: value` lines.")
             continue
+        if stage.methods and "method" in section:
+            section = dict(section)
+            name, names = section.pop("method"), [method.name for method in stage.methods]
+            if name not in names:
+                problems.append(f"`{stage.name}`: {unknown_choice('method', name, names)}")
+                continue
+            stage = stage.by(name)
         inherited = values.get(stage.inherits or "") or {}
         for step in stage.steps:
             try:
@@ -88,7 +97,8 @@ def plan(values: Mapping[str, Any], run_dir: Path, title: str = "The configurati
                 jobs.append(Job(stage, step, config, run_dir / step.folder))
             except ConfigError as error:
                 problems += [f"`{stage.name}`: {text}" for text in error.problems]
-    problems += _shared_architecture(jobs)
+    jobs = _only_wanted(jobs, values)
+    problems += _shared_networks(jobs)
     if problems:
         raise ConfigError(title, dict.fromkeys(problems))
     return jobs
@@ -109,7 +119,7 @@ def _configure(
         **(inherited if isinstance(inherited, Mapping) else {}),
         **{name: str(run_dir / folder) for name, folder in step.inputs.items()},
         **step.defaults,
-        "seed": stage.seed(seed),
+        "seed": stage.seed(seed) + step.seed_offset,
         **{key: value for key, value in section.items() if key not in parts},
         **own,
         **step.fixed,
@@ -123,12 +133,34 @@ def _configure(
     return config
 
 
-def _shared_architecture(jobs: list[Job]) -> list[str]:
-    """A judge with the grader's network would share its blind spots."""
-    used = [getattr(job.config, "architecture", None) for job in jobs if job.step.folder in ("grader", "judge")]
-    if len(used) == 2 and used[0] == used[1]:
-        return [f"`graders`: grader and judge both have `architecture: {used[0]}`; give `judge` another."]
-    return []
+def _only_wanted(jobs: list[Job], values: Mapping[str, Any]) -> list[Job]:
+    """Without the steps that no other reads; the steps beside one that is read get their other defaults."""
+    read = {str(value) for job in jobs for name, value in vars(job.config).items() if name in job.step.inputs}
+    kept = [job for job in jobs if job.step.wanted_as is None or str(job.folder) in read]
+    for optional in [job for job in kept if job.step.wanted_as is not None]:
+        for index, job in enumerate(kept):
+            if job.stage is optional.stage and job is not optional:
+                section = values.get(job.stage.name) or {}
+                chosen = {*section, *(section.get(job.step.part) or {})}
+                defaults = {key: value for key, value in optional.step.beside.items() if key not in chosen}
+                kept[index] = replace(job, config=replace(job.config, **defaults))
+    return kept
+
+
+def _shared_networks(jobs: list[Job]) -> list[str]:
+    """Whoever watches another must not share its network, and with it its blind spots."""
+    configs = {job.step.folder: job.config for job in jobs}
+    found = []
+    for stage, names, setting in (
+        ("graders", ("grader", "judge"), "architecture"),
+        ("reward", ("reward", "held_out_reward"), "encoder"),
+    ):
+        used = [getattr(configs.get(name), setting, None) for name in names]
+        if used[0] is not None and used[0] == used[1]:
+            found.append(
+                f"`{stage}`: {names[0]} and {names[1]} both have `{setting}: {used[0]}`; give `{names[1]}` another."
+            )
+    return found
 
 
 def merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,12 +269,15 @@ def _key(job: Job, contents: Mapping[str, str]) -> str:
     """Hash of all that decides what a step makes; the run directory's own place is no part of it."""
     config, inputs = asdict(job.config), {}
     for name in (*job.step.inputs, *job.stage.files):
+        if name not in config:
+            continue  # a method without this input
         folder = job.step.inputs.get(name)
         if folder is not None and config[name] == str(job.folder.with_name(folder)):
             config[name], inputs[name] = folder, contents[folder]
         elif config[name] and Path(config[name]).exists():
             inputs[name] = _signature(Path(config[name]))
-    return fingerprint({"entry": job.stage.entry, "config": config, "inputs": inputs, "version": _version()})
+    entry = " ".join([job.stage.entry, job.stage.method]).rstrip()
+    return fingerprint({"entry": entry, "config": config, "inputs": inputs, "version": _version()})
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pathalign.augment import ORIENTATIONS, orient, random_exposure, random_orientations
+from pathalign.augment import ORIENTATIONS, orient, random_exposure, random_orientations, random_shifts
 from pathalign.images import ImageSet
 
 
@@ -50,3 +50,25 @@ def test_exposure_is_fixed_by_its_generator_and_scaled_by_its_strength(tiny_imag
     assert once.shape == pixels.shape
     unchanged = random_exposure(pixels, torch.Generator().manual_seed(0), strength=0.0)
     assert torch.equal(unchanged.flatten(2).sort().values, pixels.flatten(2).sort().values)  # shifted only
+
+
+def test_shifts_move_each_image_by_its_own_few_pixels_and_repeat_the_border():
+    size, count = 32, 400
+    image = torch.arange(float(size * size)).view(1, 1, size, size).expand(count, 3, size, size)
+    moved = random_shifts(image, torch.Generator().manual_seed(0))
+    assert moved.shape == image.shape
+    seen = set()
+    for one in moved:
+        down, right = divmod(int(one[0, 16, 16]) - (16 * size + 16) + 2 * size + 2, size)  # 0 to 4 means -2 to 2
+        rows = (torch.arange(size) + down - 2).clamp(0, size - 1)
+        columns = (torch.arange(size) + right - 2).clamp(0, size - 1)
+        assert torch.equal(one, image[0, :, rows][:, :, columns])
+        seen.add((down, right))
+    assert seen == {(down, right) for down in range(5) for right in range(5)}
+
+
+def test_shifts_are_differentiable_and_fixed_by_their_generator():
+    pixels = torch.rand(2, 3, 16, 16, dtype=torch.float64).requires_grad_()
+    moved = [random_shifts(pixels, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*moved)
+    assert torch.autograd.gradcheck(lambda x: random_shifts(x, torch.Generator().manual_seed(3)), pixels)

@@ -387,3 +387,18 @@ def test_the_figures_of_the_reward_model_are_those_that_the_reward_stage_wrote(t
     assert found["n"] == 4 and found["ece"] == report["overall"]["ece"]
     assert set(found["per_class"]) == {"a", "b"}
     assert stage.reward_evaluation(None) == stage.reward_evaluation(str(tmp_path / "none")) == {}
+
+
+def test_the_checks_of_a_watched_training_come_from_the_adapters_record(inputs, panel, tmp_path):
+    checks = [{"epoch": epoch, "reward": 0.1 * epoch, "held_out_reward": 0.5} for epoch in range(3)]
+    outcome = {"n_check_images": 8, "reward_hacking": False, "stopped_at": None, "kept_epoch": 2}
+    for name, measured in (("watched", {"checks": checks, **outcome}), ("plain", {"setbacks": 0})):
+        (tmp_path / name).mkdir()
+        RunRecord("align", {}, metrics={**measured, "adapter_parameters": 5}).save(tmp_path / name)
+    record = stage.evaluate(config(inputs, adapter=str(tmp_path / "watched")), tmp_path / "out")
+    assert record.metrics["training"] == {"checks": checks, **outcome}
+    assert "adapter" in record.inputs and (tmp_path / "out/figures/checks.png").is_file()
+    assert stage.training_checks(str(tmp_path / "plain")) is None and stage.training_checks(None) is None
+    with pytest.raises(InputError, match=r"nowhere has no run\.json"):
+        stage.evaluate(config(inputs, adapter="nowhere"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -29,7 +29,7 @@ PACKAGE = PROJECT / "pathalign"
 STAGES = """
 schema config settings artefacts progress randomness images cards near_duplicates augment phantom sources data
 diffusion reward generate grades ratings agreement grading feedback trainers evaluate stages workflow __init__
-commands transfer cli
+options commands transfer cli
 """.split()
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 80
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -52,7 +52,7 @@ TINY = {
     "sample": {"images_per_class": 8, "inference_steps": 2, "batch_size": 12, "best_of_n": {"best_of": 2}},
     "evaluate": {"bootstrap_samples": 100},
 }
-FOLDERS = [step.folder for stage in STAGES for step in stage.steps]
+FOLDERS = [step.folder for stage in STAGES for step in stage.steps if step.wanted_as is None]
 
 
 def write_config(folder: Path) -> Path:

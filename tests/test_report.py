@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
-from pathalign.evaluate import report
+from pathalign.evaluate import figures, report
 from pathalign.evaluate.alignment import Verdicts
 from pathalign.images import ImageSet
 from pathalign.schema import DISCLAIMER, RunRecord
@@ -257,3 +258,45 @@ def test_the_training_image_of_a_pair_is_turned_as_it_was_found(exhibits):
     flipped = exhibits.train.images[1].flip(-1)
     expected = torch.rot90(flipped, 1, (-2, -1))  # orientation 5: flipped, then one quarter turn
     assert torch.equal(report.nearest_training(exhibits)[0], expected)
+
+
+def watched(*observers: str) -> dict[str, Any]:
+    """Checks of a training that was stopped after epoch 4 and went back to epoch 2."""
+    values = {"reward": [0.3, 0.4, 0.5], "held_out_reward": [0.3, 0.45, 0.2], "judge_share": [0.5, 0.625, 0.375]}
+    checks = [{"epoch": 2 * row, **{name: values[name][row] for name in ("reward", *observers)}} for row in range(3)]
+    return {"checks": checks, "n_check_images": 40, "reward_hacking": True, "stopped_at": 4, "kept_epoch": 2}
+
+
+def test_the_checks_of_the_training_are_plotted_and_tabled(tmp_path, metrics, exhibits):
+    metrics["training"] = watched("held_out_reward", "judge_share")
+    _, outline = render(tmp_path, metrics, exhibits)
+    text = " ".join(outline.text)
+    assert "Epoch Reward (trained on) Held-out reward Judge's plausible share" in text
+    assert "0 0.300 0.300 0.500 2 0.400 0.450 0.625 4 0.500 0.200 0.375" in text
+    assert "Reward hacking was seen in training: the held-out reward fell" in text
+    assert "ended after epoch 4. The adapter is that of epoch 2." in text
+    assert (tmp_path / "figures/checks.png").is_file() and (tmp_path / "figures/checks.svg").is_file()
+    assert outline.text[0] == "Alignment report: before and after"  # the alarm is the judge's, on all images
+    assert [tag for tag, _ in outline.tags].count("table") == 6
+
+
+def test_a_training_that_nothing_guarded_is_said_to_be_that(tmp_path, metrics, exhibits):
+    metrics["training"] = watched() | {"reward_hacking": False, "stopped_at": None, "kept_epoch": 4}
+    _, outline = render(tmp_path, metrics, exhibits)
+    text = " ".join(outline.text)
+    assert "nothing guarded this training against reward hacking. The adapter is that of epoch 4." in text
+    assert "0 0.300 not measured not measured" in text
+
+
+def test_the_curves_are_the_checks_values_and_the_kept_epoch_is_marked():
+    axes = Figure().add_subplot()
+    figures.check_curves(axes, watched("held_out_reward"))
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+    assert lines["Reward (trained on)"] == ([0, 2, 4], [0.3, 0.4, 0.5])
+    assert lines["Held-out reward"] == ([0, 2, 4], [0.3, 0.45, 0.2])
+    assert lines["kept"][0] == [2, 2] and len(lines) == 3
+
+
+def test_a_report_without_a_watched_training_says_nothing_of_one(rendered):
+    folder, page, _ = rendered
+    assert "While the adapter was trained" not in page and not (folder / "figures/checks.png").exists()

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from pathalign.reward.calibration import (
     negative_log_likelihood,
 )
 from pathalign.reward.encoders import encoder_spec
-from pathalign.reward.inputs import with_class_names
+from pathalign.reward.inputs import share_of, with_class_names
 from pathalign.reward.modeling_reward import reward_loss
 from pathalign.reward.pairs import TrainingPairs, augment, real_pairs
 from pathalign.schema import InputError
@@ -497,3 +498,34 @@ def test_an_unknown_encoder_is_refused_before_anything_is_written(config: Reward
     with pytest.raises(InputError, match="no transformers backbone"):
         train_reward(unknown, tmp_path / "reward")
     assert not partial_dir(tmp_path / "reward").exists()
+
+
+def test_the_two_halves_of_the_grades_share_no_image_and_have_as_many_of_each_class_and_verdict():
+    images = graded(97, seed=8)
+    even, odd = share_of(images, "even"), share_of(images, "odd")
+    assert not set(even.image_ids) & set(odd.image_ids)
+    assert set(even.image_ids) | set(odd.image_ids) == set(images.image_ids)
+    groups = [Counter(zip(half.labels(), half.columns["plausible"], strict=True)) for half in (even, odd)]
+    assert len(groups[0]) == 4
+    assert all(0 <= count - groups[1][group] <= 1 for group, count in groups[0].items())
+    assert share_of(images, "all") is images
+
+
+def test_a_half_with_too_few_grades_is_refused(config):
+    with pytest.raises(
+        InputError, match=r"has 4\d graded training images; at least 60 are wanted \(`grades` is 'odd'\)"
+    ):
+        train_reward(dataclasses.replace(config, grades="odd", min_graded=60), Path("nowhere"))
+
+
+def test_the_densenet_learns_from_half_the_grades_and_travels_whole(config, tmp_path):
+    record = train_reward(dataclasses.replace(config, encoder="densenet", grades="odd", seed=1), tmp_path / "reward")
+    assert record.metrics["roc_auc"] > 0.9
+    model = RewardModel.from_pretrained(tmp_path / "reward")
+    assert model.config.encoder == "densenet"
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    images.requires_grad_()
+    model(images, torch.tensor([0, 1, 0, 1])).logits.sum().backward()  # rewards of noise are 0 or 1
+    assert images.grad.abs().amax(dim=(1, 2, 3)).min() > 0
+    with pytest.raises(InputError, match="'densenet' has no pretrained weights"):
+        load_encoder("densenet")

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from brightness import Brightness
 from diffusers import DDIMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from pathalign.artefacts import artefact, partial_dir
 from pathalign.diffusion import lora
 from pathalign.generate import load_pipeline, sample, score
 from pathalign.images import ImageSet
-from pathalign.reward import RewardModelConfig
+from pathalign.reward import RewardModel
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.pretrain import PretrainConfig
 from pathalign.settings.reward_weighted import RewardWeightedConfig
-from pathalign.trainers import adapter
 from pathalign.trainers.pretrain import new_pipeline, noisy_and_target
 from pathalign.trainers.reward_weighted import RewardWeightedTrainer, align
 from pathalign.trainers.weighting import class_means, contrastive_loss, reward_weights
@@ -44,26 +46,11 @@ SMALL = {
 }
 
 
-class Brightness(nn.Module):
-    """Rewards bright images, whatever their class; `interrupt_at` raises Ctrl-C at that call."""
-
-    def __init__(self, class_names: tuple[str, ...] = ("c", "b", "a"), slope: float = 6.0) -> None:
-        super().__init__()
-        self.config = RewardModelConfig(class_names=list(class_names))
-        self.device, self.slope, self.calls, self.interrupt_at = torch.device("cpu"), slope, 0, 0
-
-    def rewards(self, pixel_values: Tensor, class_ids: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls == self.interrupt_at:
-            raise KeyboardInterrupt
-        return torch.sigmoid(self.slope * pixel_values.mean(dim=(1, 2, 3)))
-
-
 @pytest.fixture
 def brightness(monkeypatch) -> Brightness:
     """The reward model that `align` loads."""
     model = Brightness()
-    monkeypatch.setattr(adapter.RewardModel, "from_pretrained", lambda *_: model)
+    monkeypatch.setattr(RewardModel, "from_pretrained", lambda *_: model)
     return model
 
 
@@ -84,7 +71,7 @@ def straight(settings, tmp_path_factory) -> Path:
     """The adapter of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("straight") / "adapter"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapter.RewardModel, "from_pretrained", lambda *_: Brightness())
+        patch.setattr(RewardModel, "from_pretrained", lambda *_: Brightness())
         align(RewardWeightedConfig(**settings), folder)
     return folder
 
@@ -358,6 +345,25 @@ def test_rewards_that_are_no_numbers_are_refused(settings, brightness, tmp_path)
     brightness.slope = float("nan")
     with pytest.raises(InputError, match="gives rewards that are no numbers"):
         align(RewardWeightedConfig(**settings), tmp_path / "adapter")
+
+
+def red_less_blue(images: Tensor, labels: list[str]) -> Tensor:
+    """A reward that a user may write: any range, by class name."""
+    return (
+        images[:, 0].float().mean(dim=(1, 2))
+        - images[:, 2].float().mean(dim=(1, 2))
+        - 100 * Tensor([label == "c" for label in labels])
+    )
+
+
+def test_a_function_may_give_the_rewards_unless_they_are_negative_weights(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "a_users_module", types.SimpleNamespace(red_less_blue=red_less_blue))
+    small = settings | {"reward_model": "a_users_module:red_less_blue", "rounds": 1, "steps_per_round": 1}
+    record = align(RewardWeightedConfig(**small), tmp_path / "adapter")
+    assert record.metrics["mean_reward_by_round"][0] < 0
+    assert "`a_users_module:red_less_blue`" in (tmp_path / "adapter" / "README.md").read_text()
+    with pytest.raises(InputError, match=r"rewards below 0 .* Use `weighting: advantage`"):
+        align(RewardWeightedConfig(**small, weighting="reward"), tmp_path / "other")
 
 
 def test_other_classes_or_another_size_are_refused_before_anything_is_drawn(

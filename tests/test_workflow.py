@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -289,7 +289,7 @@ def test_the_real_table_reads_only_folders_that_earlier_steps_make():
         for step in stage.steps:
             assert set(step.inputs.values()) <= made, step.folder
             made.add(step.folder)
-    assert len(made) == 15
+    assert len(made) == 16  # one of them only where a method is watched
 
 
 def test_measured_images_have_other_seeds_than_graded_ones_and_than_other_runs():
@@ -301,3 +301,70 @@ def test_measured_images_have_other_seeds_than_graded_ones_and_than_other_runs()
         ranges += [*same, jobs["candidates"].seed]
     ordered = sorted(ranges)
     assert all(later - earlier >= 100_000 for earlier, later in pairwise(ordered))
+
+
+@dataclass
+class WatchedConfig(CopyConfig):
+    """Reads a folder that is made for it alone."""
+
+    watcher: str = option("", "An artefact that watches.")
+
+
+@pytest.fixture
+def watched(loop, monkeypatch):
+    """`loop` with a step `watcher` for stages that read it; the last stage does."""
+    copy = ("fake_stages:copy", "fake_stages:CopyConfig")
+    vars(sys.modules["fake_stages"])["WatchedConfig"] = WatchedConfig
+    optional = Step(
+        "watcher", {"source": "data"}, seed_offset=1, wanted_as="watcher", beside={"suffix": "half", "note": "n"}
+    )
+    last = {"source": "main", "watcher": "watcher"}
+    table = (
+        Stage("data", "fake_stages:write", "fake_stages:SourceConfig", (Step("data"),)),
+        Stage("main", *copy, (Step("main", {"source": "data"}), optional)),
+        Stage("last", "fake_stages:copy", "fake_stages:WatchedConfig", (Step("last", last),)),
+    )
+    for module in (stages, workflow):
+        monkeypatch.setattr(module, "STAGES", table)
+    return loop
+
+
+def test_a_step_that_a_later_one_reads_is_made_and_changes_the_defaults_beside_it(watched):
+    sections = {"seed": 4, "main": {"note": "own"}}
+    jobs = {job.step.folder: job for job in workflow.plan(sections, Path("x"))}
+    assert list(jobs) == ["data", "main", "watcher", "last"]
+    assert (jobs["main"].config.suffix, jobs["main"].config.note) == ("half", "own")
+    assert (jobs["watcher"].config.suffix, jobs["watcher"].config.seed) == ("", 5)
+    assert jobs["last"].config.watcher == str(Path("x") / "watcher")
+    assert [jobs[name].label for name in ("main", "watcher")] == ["main", "main (watcher)"]
+    assert workflow.plan({"main": {"main": {"suffix": "all"}}}, Path("x"))[1].config.suffix == "all"
+
+
+def test_a_step_that_no_later_one_reads_is_not_made(watched, monkeypatch):
+    assert watched() == ["data", "main", "watcher", "last"]
+    assert watched(last={"watcher": "elsewhere"}) == ["main", "last"]
+    assert (watched.run_dir / "main" / "text").read_text() == "cells"
+    vars(sys.modules["fake_stages"])["WatchedConfig"] = CopyConfig  # a method that nothing watches
+    assert [job.step.folder for job in workflow.plan({}, Path("x"))] == ["data", "main", "last"]
+    assert watched() == ["last"]
+
+
+def test_the_default_method_needs_no_held_out_reward_model():
+    folders = [job.step.folder for job in workflow.plan({}, Path("x"))]
+    assert "reward" in folders and "held_out_reward" not in folders
+
+
+def test_a_held_out_reward_model_learns_from_other_grades_by_another_network(monkeypatch):
+    align = next(stage for stage in stages.STAGES if stage.name == "align")
+    guarded = replace(align, settings="pathalign.settings.adapter:GuardedConfig")
+    table = tuple(guarded if stage is align else stage for stage in stages.STAGES)
+    monkeypatch.setattr(workflow, "STAGES", table)
+    jobs = {job.step.folder: job.config for job in workflow.plan({}, Path("x"))}
+    main, other = jobs["reward"], jobs["held_out_reward"]
+    assert (main.grades, other.grades) == ("even", "odd")
+    assert main.encoder != other.encoder and main.seed != other.seed
+    adapter = jobs["adapter"]
+    assert adapter.held_out_reward_model == str(Path("x") / "held_out_reward")
+    assert adapter.judge == str(Path("x") / "judge")
+    with pytest.raises(ConfigError, match=r"reward and held_out_reward both have `encoder: densenet`"):
+        workflow.plan({"reward": {"encoder": "densenet"}}, Path("x"))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from pathalign.artefacts import write_atomically
+from pathalign.diffusion.loading import BaseModel
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
 from pathalign.schema import InputError
 
@@ -45,6 +49,34 @@ def parameters(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in unet.named_parameters() if "lora_" in name}
 
 
+@contextmanager
+def merged(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Context in which the active adapter is part of the base weights: sampling is faster, gradients are not to be had.
+
+    The base weights come back bit for bit: they are kept, since subtracting the update again would leave its rounding.
+    """
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    kept = [layer.get_base_layer().weight.data.clone() for layer in layers]
+    try:
+        for layer in layers:
+            layer.merge()
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
+        torch._foreach_copy_([layer.get_base_layer().weight.data for layer in layers], kept)
+
+
+@contextmanager
+def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Context in which the UNet is the base model again: the reference of a trainer, without a second copy."""
+    unet.disable_adapters()
+    try:
+        yield
+    finally:
+        unet.enable_adapters()
+
+
 def save(unet: UNet2DConditionModel, folder: Path) -> None:
     """Write the adapter in diffusers' format, for `load_lora_weights`; equal adapters give equal bytes."""
     weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
@@ -66,9 +98,7 @@ def _sort_header(path: Path) -> None:
     write_atomically(path, len(header).to_bytes(8, "little") + header + content[start:])
 
 
-def load(
-    pipeline: ClassConditionalPipeline, path_or_repo_id: str, scale: float = 1.0, revision: str | None = None
-) -> None:
+def load(pipeline: BaseModel, path_or_repo_id: str, scale: float = 1.0, revision: str | None = None) -> None:
     """Load an adapter from a folder or Hub repo onto a pipeline and make it active.
 
     Raises:

@@ -54,20 +54,7 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         Raises:
             ValueError: If a name or id is not one of the model's.
         """
-        if isinstance(class_labels, (str, int)):
-            class_labels = [class_labels]
-        names = self.class_names
-        ids = []
-        for label in class_labels:
-            if isinstance(label, str) and label in names:
-                ids.append(names.index(label))
-            elif not isinstance(label, str) and 0 <= int(label) < len(names):
-                ids.append(int(label))
-            else:
-                raise ValueError(
-                    f"Class {label!r} is not known to this model; use one of {names} or 0 to {len(names) - 1}."
-                )
-        return torch.tensor(ids, dtype=torch.int64)
+        return label_ids(class_labels, self.class_names)
 
     def predict(
         self, sample: torch.Tensor, timestep: torch.Tensor | int, class_ids: torch.Tensor, guidance_scale: float = 1.0
@@ -115,7 +102,7 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` is {output_type!r}; use pil, np or pt.")
         class_ids = self.class_ids(class_labels).to(self.device)
-        generators = _generators(generator, len(class_ids))
+        generators = one_generator_each(generator, len(class_ids))
         config = self.unet.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
         sample = randn_per_image(shape, generators).to(self.device, self.unet.dtype)
@@ -127,7 +114,7 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
             model_output = self.predict(model_input, timestep, class_ids, guidance_scale)
             options = {"generator": generators} if takes_noise else {}
             sample = self.scheduler.step(model_output, timestep, sample, **options).prev_sample
-        images = _convert(sample.float().clamp(-1, 1), output_type)
+        images = convert(sample.float().clamp(-1, 1), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def fuse_lora(self, components: Sequence[str] = ("unet",), **kwargs: Any) -> None:
@@ -150,7 +137,35 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         target.write_text(Path(inspect.getfile(ClassConditionalPipeline)).read_text())
 
 
-def _generators(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
+def label_ids(class_labels: str | int | Sequence[str | int], names: Sequence[str]) -> torch.Tensor:
+    """Class names or ids to ids, shape `(n,)`, int64.
+
+    Raises:
+        ValueError: If a label is neither one of `names` nor an index into them.
+    """
+    if isinstance(class_labels, (str, int)):
+        class_labels = [class_labels]
+    ids = []
+    for label in class_labels:
+        if isinstance(label, str) and label in names:
+            ids.append(names.index(label))
+        elif not isinstance(label, str) and 0 <= int(label) < len(names):
+            ids.append(int(label))
+        else:
+            raise ValueError(
+                f"Class {label!r} is not known to this model; use one of {list(names)} or 0 to {len(names) - 1}."
+            )
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def one_generator_each(
+    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
+) -> list[torch.Generator]:
+    """`count` generators: those given, or new ones seeded by the one given, or by fresh entropy.
+
+    Raises:
+        ValueError: If there are more or fewer than `count`.
+    """
     if generator is None or isinstance(generator, torch.Generator):
         device = "cpu" if generator is None else generator.device
         seeds = torch.randint(0, 2**62, (count,), generator=generator, device=device).tolist()
@@ -160,7 +175,8 @@ def _generators(generator: torch.Generator | Sequence[torch.Generator] | None, c
     return list(generator)
 
 
-def _convert(pixel_values: torch.Tensor, output_type: str) -> Any:
+def convert(pixel_values: torch.Tensor, output_type: str) -> Any:
+    """Pixel values `(n, 3, h, w)` in [-1, 1] as `pt`, `np` or `pil`; see `ClassConditionalPipeline.__call__`."""
     if output_type == "pt":
         return pixel_values.cpu()
     scaled = ((pixel_values + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()

@@ -65,11 +65,11 @@ def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
             were not made with the same seeds and classes.
     """
     started = time.monotonic()
-    subjects, panel = load_subjects(config), load_panel(config)
+    subjects, panel, training = load_subjects(config), load_panel(config), training_checks(config.adapter)
     with artefact(output_dir) as folder:
         answers = {name: consult(panel, images) for name, images in subjects.judged().items()}
         measured, closest = measure_images(config, subjects, panel, folder / "checkpoints")
-        metrics = assemble(config, subjects, answers, measured)
+        metrics = assemble(config, subjects, answers, measured, training)
         record = RunRecord(
             stage="evaluate",
             config=asdict(config),
@@ -176,7 +176,11 @@ def _distances(config: EvaluateConfig, reference: np.ndarray, compared: np.ndarr
 
 
 def assemble(
-    config: EvaluateConfig, subjects: Subjects, answers: dict[str, Answers], measured: dict[str, dict[str, Any]]
+    config: EvaluateConfig,
+    subjects: Subjects,
+    answers: dict[str, Answers],
+    measured: dict[str, dict[str, Any]],
+    training: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything that `metrics.json` holds. A set that was not given is null there."""
     sets: dict[str, Any] = dict.fromkeys((*GENERATED, "real"))
@@ -190,6 +194,7 @@ def assemble(
         }
     metrics = {
         "reward": reward_evaluation(config.reward_model),
+        "training": training,
         "metrics": sets,
         **compare(config, subjects, answers, sets),
         "confidence": config.confidence,
@@ -274,8 +279,19 @@ def reward_evaluation(reward_model: str | None) -> dict[str, Any]:
     return {**measured.pop("overall"), **measured}
 
 
+def training_checks(adapter: str | None) -> dict[str, Any] | None:
+    """The checks of an adapter's training and what came of them, from its run record; None if it made none.
+
+    Raises:
+        InputError: If the folder holds no run record.
+    """
+    measured = RunRecord.load(adapter).metrics if adapter else {}
+    names = ("checks", "n_check_images", "reward_hacking", "stopped_at", "kept_epoch")
+    return {name: measured[name] for name in names} if "checks" in measured else None
+
+
 def _inputs(config: EvaluateConfig) -> dict[str, str]:
-    names = ("data", *GENERATED, "judge", "grader", "reward_model", "feedback")
+    names = ("data", *GENERATED, "judge", "grader", "reward_model", "feedback", "adapter")
     return {name: value for name in names if (value := getattr(config, name))}
 
 

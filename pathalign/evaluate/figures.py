@@ -28,6 +28,11 @@ SET_TITLES = {
 }
 COLOURS = {"before": "#0072B2", "after": "#D55E00", "control": "#009E73", "best_of_n": "#CC79A7", "real": "#808080"}
 MARKERS = {"before": "o", "after": "s", "control": "^", "best_of_n": "D", "real": "X"}
+CURVES = {  # figure of a check -> what readers see, colour, marker
+    "reward": ("Reward (trained on)", "#D55E00", "s"),
+    "held_out_reward": ("Held-out reward", "#0072B2", "o"),
+    "judge_share": ("Judge's plausible share", "#009E73", "^"),
+}
 LIGHT = {"ink": "#1b1f24", "ground": "#ffffff"}
 DARK = {"ink": "#e6e9ed", "ground": "#1b1f24"}
 SIZE_INCHES = (5.0, 3.2)  # narrow, so that 10 pt text stays readable on a phone
@@ -120,6 +125,25 @@ def calibration_plot(axes: Axes, bins: list[dict[str, float]]) -> None:
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.05, 1.05)
     axes.legend(loc="upper left")
+
+
+def check_curves(axes: Axes, training: dict[str, Any]) -> None:
+    """Reward, held-out reward and judge's share at each check of a training; a line marks the weights that were kept.
+
+    Args:
+        axes: Drawn on.
+        training: `checks`, a list of figures with their `epoch`, and `kept_epoch`.
+    """
+    checks = training["checks"]
+    for name, (title, colour, marker) in CURVES.items():
+        points = [(check["epoch"], check[name]) for check in checks if name in check]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=title)
+    axes.axvline(training["kept_epoch"], linestyle=":", color=COLOURS["real"], label="kept")
+    axes.set_xlabel("epochs")
+    axes.set_ylabel("mean over the check's images")
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 
 def save_sheet(path: Path, images: Tensor, columns: int) -> None:

@@ -203,6 +203,8 @@ def write(folder: Path, metrics: dict[str, Any], exhibits: Exhibits, record: Run
         closest=closest_pairs(exhibits),
         charts=draw_charts(folder / "figures", metrics, exhibits),
         calibration=exhibits.calibration,
+        training=metrics.get("training"),
+        curves=figures.CURVES,
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
 
@@ -227,6 +229,8 @@ def draw_charts(folder: Path, metrics: dict[str, Any], exhibits: Exhibits) -> di
         charts["calibration"] = figures.draw(
             folder / "calibration", lambda axes: figures.calibration_plot(axes, exhibits.calibration)
         )
+    if training := metrics.get("training"):
+        charts["checks"] = figures.draw(folder / "checks", lambda axes: figures.check_curves(axes, training))
     for name in ("before", "after"):
         sheet = exhibits.sets[name].first_per_class(2 * PAIRS_PER_CLASS).images
         figures.save_sheet(folder / f"samples_{name}.png", sheet, 2 * PAIRS_PER_CLASS)

@@ -14,7 +14,7 @@ class RewardModelConfig(PretrainedConfig):
     Attributes:
         class_names: Names of the image classes; class ids are positions in this list.
         criteria: Names of the checklist criteria, one head each.
-        encoder: `convnet`, `efficientnet-lite0`, or the name of the transformers backbone it came from.
+        encoder: `convnet`, `densenet`, `efficientnet-lite0`, or the name of the transformers backbone it came from.
         backbone_config: Configuration of a transformers backbone, so that no second download is needed.
         image_size_px: Width and height that images are resized to first.
         image_mean: Channel means that a pretrained encoder expects, in units of 0..1.

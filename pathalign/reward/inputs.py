@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,10 +43,11 @@ class RewardInputs:
         splits = {name: ImageSet.load(config.feedback, name, config.feedback_revision) for name in names}
         for split, graded in splits.items():
             _check_verdicts(config, split, graded)
-        train = splits["train"]
+        train = splits["train"] = share_of(splits["train"], config.grades)
         if len(train) < config.min_graded:
             raise InputError(
-                f"{config.feedback} has {len(train)} graded training images; at least {config.min_graded} are wanted. "
+                f"{config.feedback} has {len(train)} graded training images; at least {config.min_graded} are wanted "
+                f"(`grades` is {config.grades!r}). "
                 "Grade more images, or lower `min_graded`."
             )
         real = ImageSet.load(config.data, "train", config.data_revision)
@@ -59,6 +62,22 @@ class RewardInputs:
                 "data": _input_fingerprint(config.data, config.data_revision),
             },
         )
+
+
+def share_of(graded: ImageSet, share: Literal["all", "even", "odd"]) -> ImageSet:
+    """All graded images, or every second one of each class and verdict: two halves that share no image."""
+    if share == "all":
+        return graded
+    seen: Counter[tuple[int, bool]] = Counter()
+    chosen = []
+    for row, (class_id, plausible) in enumerate(
+        zip(graded.class_ids.tolist(), graded.columns["plausible"], strict=True)
+    ):
+        group = (class_id, plausible > 0.5)
+        if seen[group] % 2 == (share == "odd"):
+            chosen.append(row)
+        seen[group] += 1
+    return graded.select(chosen)
 
 
 def with_class_names(images: ImageSet, class_names: tuple[str, ...], source: str) -> ImageSet:

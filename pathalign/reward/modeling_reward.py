@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_reward import RewardModelConfig
-from .encoders import CONVNET, Encoder, EncoderSpec, load_weights
+from .encoders import FROM_SCRATCH, Encoder, EncoderSpec, load_weights
 from .image_processing_reward import RewardImageProcessor, resize
 
 try:
@@ -89,8 +89,8 @@ class RewardHead(nn.Module):
 class RewardModel(PreTrainedModel):
     """Plausibility of an image as an image of a class.
 
-    With `num_members` above 1 each member is a network of its own (`convnet`) or a head of its own on one pretrained
-    encoder; their logits are averaged.
+    With `num_members` above 1 each member is a network of its own (`convnet`, `densenet`) or a head of its own on
+    one pretrained encoder; their logits are averaged.
     """
 
     config_class = RewardModelConfig
@@ -107,7 +107,7 @@ class RewardModel(PreTrainedModel):
             tuple(config.convnet_channels),
             config.backbone_config,
         )
-        encoders = config.num_members if config.encoder == CONVNET else 1
+        encoders = config.num_members if config.encoder in FROM_SCRATCH else 1
         members = [Encoder(spec) for _ in range(encoders)]
         self.encoders = nn.ModuleList(members)
         self.heads = nn.ModuleList(RewardHead(members[0].feature_size, config) for _ in range(config.num_members))

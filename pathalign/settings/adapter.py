@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from pathalign.config import StageConfig, option
 from pathalign.settings.pretrain import tracker_problems
+from pathalign.settings.prompt import PROMPT, PROMPT_HELP, prompt_problems
+
+FUNCTION = re.compile(r"[^\d\W]\w*(\.[^\d\W]\w*)*:[^\d\W]\w*")
+
+
+def is_function(source: str) -> bool:
+    """Whether a reward's source is `module:function`; a folder of that name comes first."""
+    return FUNCTION.fullmatch(source) is not None and not Path(source).is_dir()
+
+
+def weighted_source(text: str) -> tuple[str, float]:
+    """Read `SOURCE=WEIGHT`.
+
+    Raises:
+        ValueError: If there is no source, or the weight is no finite number.
+    """
+    source, _, weight = text.rpartition("=")
+    if not source or not math.isfinite(float(weight)):
+        raise ValueError(text)
+    return source, float(weight)
 
 
 @dataclass
 class AdapterConfig(StageConfig):
     """Finetune LoRA adapters on a diffusion UNet."""
 
-    base_model: str = option("runs/base", "Pipeline to align: a folder or Hub id.")
+    base_model: str = option(
+        "runs/base", "Pipeline to align, class-conditional or Stable Diffusion: a folder or Hub id."
+    )
     base_revision: str | None = option(None, "Hub revision of `base_model`.")
-    reward_model: str = option("runs/reward", "Reward model: a folder or Hub id.")
+    prompt: str = option(PROMPT, PROMPT_HELP)
+    reward_model: str = option("runs/reward", "Reward model: a folder, Hub id or `module:function`.")
     data: str = option("runs/data", "Real images (split `train`) for the real term: a folder or Hub dataset.")
     real_batch_size: int = option(12, "Real images in a batch, per device.", minimum=0)
     beta: float = option(0.3, "Weight of the denoising loss on real images.", minimum=0.0)
@@ -36,9 +62,14 @@ class AdapterConfig(StageConfig):
     trackers: list[str] = option([], "Trackers beside log.jsonl: tensorboard, trackio.")
     seed: int = option(0, "Seed of adapter weights, samples, batches and noise.", minimum=0)
 
+    @property
+    def method(self) -> str:
+        """Name of the method on the command line and in records: `RewardWeightedConfig` is `reward-weighted`."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__.removesuffix("Config")).lower()
+
     def problems(self) -> list[str]:
         """Checks across fields."""
-        found = []
+        found = prompt_problems(self.prompt)
         if self.beta > 0 and self.real_batch_size == 0:
             found.append(f"`beta` is {self.beta}, but `real_batch_size` is 0; give real images, or set `beta` to 0.")
         return found + tracker_problems(self.trackers)
@@ -58,7 +89,31 @@ class GuardedConfig(AdapterConfig):
     judge: str | None = option(None, "Judge whose plausible share is logged and plotted; it decides nothing.")
     check_every_epochs: int = option(5, "Epochs between checks: images of the same seeds, all rewards.", minimum=1)
     check_images_per_class: int = option(20, "Images of each class in a check.", minimum=2)
+    check_inference_steps: int = option(10, "Denoising steps of these images, by dpmsolver++.", minimum=1)
+    check_guidance_scale: float = option(1.0, "Classifier-free guidance of these images; 1 is none.", minimum=0.0)
+    check_standard_errors: float = option(
+        3.0,
+        "A reward has turned when its mean over the same seeds lies this many standard errors below its best check.",
+        minimum=0.0,
+    )
     on_reward_hacking: Literal["rollback", "stop", "continue"] = option(
         "rollback",
         "When the held-out reward turns: go back to the best check and end there, end as it is, or only log it.",
     )
+
+    def problems(self) -> list[str]:
+        """Checks across fields."""
+        found, sources = [], [self.reward_model]
+        for text in self.other_rewards:
+            try:
+                sources.append(weighted_source(text)[0])
+            except ValueError:
+                found.append(
+                    f"`other_rewards` has {text!r}; write SOURCE=WEIGHT with a number, such as runs/other=0.5."
+                )
+        if self.held_out_reward_model in sources:
+            found.append(
+                f"`held_out_reward_model` is {self.held_out_reward_model!r}, which is trained on; give another, "
+                "or leave it out."
+            )
+        return super().problems() + found

@@ -20,6 +20,9 @@ class EvaluateConfig(StageConfig):
     grader: str | None = option(None, "Simulated grader that gave the feedback, to compare with the judge.")
     reward_model: str | None = option(None, "Reward model; adds rewards, and what its evaluation.json says.")
     feedback: str | None = option(None, "Feedback dataset; its split `test` shows how the rewards are calibrated.")
+    adapter: str | None = option(
+        None, "Folder of the adapter that made `after`; its run record shows how rewards went while it was trained."
+    )
     encoder: str = option("efficientnet-lite0", "Image encoder; its features carry fidelity and usefulness.")
     neighbours: int = option(
         5, "Nearest neighbours of precision, recall, density and coverage.", minimum=1, maximum=100

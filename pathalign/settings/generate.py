@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pathalign.config import StageConfig, option
+from pathalign.settings.prompt import PROMPT, PROMPT_HELP, prompt_problems
 
 
 @dataclass
 class GenerateConfig(StageConfig):
     """Sample a candidate set from a pipeline."""
 
-    model: str = option("runs/base", "Pipeline: a folder or Hub id.")
+    model: str = option("runs/base", "Pipeline, class-conditional or Stable Diffusion: a folder or Hub id.")
     revision: str | None = option(None, "Hub revision of `model`.")
     adapter: str | None = option(None, "LoRA adapter: a folder or Hub id.")
     adapter_scale: float = option(1.0, "Strength of the adapter: 0 is the base model.")
-    classes: list[str] = option([], "Class names to sample; all if empty.")
+    classes: list[str] = option([], "Class names to sample; all if empty. Stable Diffusion has none of its own.")
+    prompt: str = option(PROMPT, PROMPT_HELP)
     images_per_class: int = option(100, "Images of each class.", minimum=1)
     inference_steps: int = option(10, "Denoising steps.", minimum=1)
     varied_steps: list[int] = option(
@@ -35,7 +37,7 @@ class GenerateConfig(StageConfig):
 
     def problems(self) -> list[str]:
         """Best-of-N needs a reward model, and an image at least one step."""
-        found = []
+        found = prompt_problems(self.prompt)
         if self.best_of > 1 and self.reward_model is None:
             found.append(f"`best_of` is {self.best_of}, but there is no `reward_model` to choose by.")
         if any(steps < 1 for steps in self.varied_steps):

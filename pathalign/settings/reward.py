@@ -20,9 +20,13 @@ class RewardConfig(StageConfig):
     data: str = option("runs/data", "Real images, split `train`, for matched and mismatched pairs: a folder or Hub id.")
     data_revision: str | None = option(None, "Hub revision of `data`.")
     encoder: str = option(
-        "convnet", "`convnet` (from scratch), `efficientnet-lite0`, or a transformers backbone: Hub id or folder."
+        "convnet",
+        "`convnet` or `densenet` (from scratch), `efficientnet-lite0`, or a transformers backbone: Hub id or folder.",
     )
     encoder_revision: str | None = option(None, "Hub revision of `encoder`.")
+    grades: Literal["all", "even", "odd"] = option(
+        "all", "Graded training images to learn from: all, or every second one of each class and verdict."
+    )
     freeze_encoder: bool = option(False, "Train the heads only, on a pretrained encoder.")
     image_size_px: int | None = option(
         None, "Size that images get first; if empty, the encoder's own or that of the feedback.", minimum=16
@@ -56,8 +60,9 @@ class RewardConfig(StageConfig):
     def problems(self) -> list[str]:
         """Checks across fields."""
         found = []
-        if self.freeze_encoder and self.encoder == "convnet":
+        if self.freeze_encoder and self.encoder in ("convnet", "densenet"):
             found.append(
-                "`freeze_encoder` needs a pretrained encoder such as efficientnet-lite0; `convnet` starts from scratch."
+                "`freeze_encoder` needs a pretrained encoder such as efficientnet-lite0; "
+                f"`{self.encoder}` starts from scratch."
             )
         return found + tracker_problems(self.trackers)

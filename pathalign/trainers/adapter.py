@@ -21,45 +21,40 @@ from pathalign.artefacts import fingerprint
 from pathalign.augment import random_orientations
 from pathalign.cards import Grading, write_card
 from pathalign.diffusion import lora
-from pathalign.diffusion.conditioning import ClassConditioning
-from pathalign.diffusion.pipeline import ClassConditionalPipeline
-from pathalign.generate import load_pipeline
+from pathalign.diffusion.conditioning import conditioning_for
+from pathalign.diffusion.loading import BaseModel, load_base
+from pathalign.diffusion.prompted import PromptPipeline
 from pathalign.images import ImageSet
 from pathalign.progress import Progress
 from pathalign.randomness import seeded
-from pathalign.reward import RewardModel
 from pathalign.schema import InputError, RunRecord, peak_rss_mb
 from pathalign.settings.adapter import AdapterConfig
 from pathalign.trainers.base import RunFolder, accelerator_for, require_finite
 from pathalign.trainers.pretrain import denoising_loss, evenly_spread
+from pathalign.trainers.rewards import Reward, identity, load_rewards
 
 ADAPTER, TRAINING, SAMPLING = 0, 1, 2  # streams of random numbers
 
 
-def load_inputs(config: AdapterConfig) -> tuple[ClassConditionalPipeline, RewardModel, ImageSet]:
-    """Pipeline, reward model and real images, checked against each other before anything is drawn.
+def load_inputs(config: AdapterConfig) -> tuple[BaseModel, Reward, ImageSet]:
+    """Pipeline, rewards and real images, checked against each other before anything is drawn.
 
     Raises:
         InputError: If one cannot be loaded, or they do not fit together.
     """
-    pipeline = load_pipeline(config.base_model, config.base_revision)
-    reward_model = RewardModel.from_pretrained(config.reward_model)
     real = ImageSet.load(config.data, "train")
+    pipeline = load_base(config.base_model, config.base_revision, real.class_names, config.prompt)
+    reward_model = load_rewards(config, pipeline.class_names)
     if list(real.class_names) != pipeline.class_names:
         raise InputError(
             f"{config.data} has the classes {list(real.class_names)}, {config.base_model} has {pipeline.class_names}; "
             "use the data that the base model was trained on."
         )
-    if real.image_size_px != pipeline.unet.config.sample_size:
+    size = conditioning_for(pipeline).image_size_px
+    if real.image_size_px != size:
         raise InputError(
-            f"{config.data} has images of {real.image_size_px} px, {config.base_model} draws "
-            f"{pipeline.unet.config.sample_size} px; use the data that the base model was trained on."
-        )
-    unknown = sorted(set(pipeline.class_names) - set(reward_model.config.class_names))
-    if unknown:
-        raise InputError(
-            f"{config.reward_model} does not know the classes {unknown} of {config.base_model}; it was trained on "
-            f"{list(reward_model.config.class_names)}. Use a reward model trained on feedback about this base model."
+            f"{config.data} has images of {real.image_size_px} px, {config.base_model} draws {size} px; make data of "
+            f"its size with `pathalign data --image-size-px {size}`."
         )
     return pipeline, reward_model, real
 
@@ -72,7 +67,7 @@ class AdapterTrainer(ABC, Generic[Config]):
 
     Args:
         pipeline: Moved to the device; gets the adapter.
-        reward_model: P(plausible | image, class).
+        reward_model: P(plausible | image, class), or what stands in its place, see `rewards.py`.
         real: Real training images, for the real term.
         config: Settings of the method.
         folder: Working folder of the artefact: log, checkpoints and, in the end, the adapter.
@@ -83,8 +78,8 @@ class AdapterTrainer(ABC, Generic[Config]):
 
     def __init__(
         self,
-        pipeline: ClassConditionalPipeline,
-        reward_model: RewardModel,
+        pipeline: BaseModel,
+        reward_model: Reward,
         real: ImageSet,
         config: Config,
         folder: Path,
@@ -96,7 +91,7 @@ class AdapterTrainer(ABC, Generic[Config]):
         pipeline.to(self.device)
         self.reward_model = reward_model.to(self.device).eval()
         self.training_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
-        self.conditioning = ClassConditioning(pipeline)
+        self.conditioning = conditioning_for(pipeline)
         lora.attach(
             pipeline.unet, config.lora_rank, config.lora_alpha, config.lora_convolutions, seeded(config.seed, ADAPTER)
         )
@@ -107,10 +102,13 @@ class AdapterTrainer(ABC, Generic[Config]):
         self.unet = pipeline.unet
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.real_pixel_values = real.pixel_values()
-        inputs = {"base_model": config.base_model, "reward_model": config.reward_model}
-        self.inputs = {name: fingerprint(Path(path)) if Path(path).is_dir() else path for name, path in inputs.items()}
+        self.inputs = {name: identity(source) for name, source in self.sources().items()}
         self.inputs["data"] = fingerprint(list(real.image_ids))
         self.run = RunFolder(folder, self.accelerator, {**asdict(config), **self.inputs}, config.trackers)
+
+    def sources(self) -> dict[str, str]:
+        """Models that the run rests on, by name: folders, Hub ids or functions."""
+        return {"base_model": self.config.base_model, "reward_model": self.config.reward_model}
 
     @property
     @abstractmethod
@@ -208,15 +206,16 @@ class AdapterTrainer(ABC, Generic[Config]):
     def noised(
         self, pixel_values: Tensor, class_ids: Tensor, generator: torch.Generator, share: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This process's images (turned at random), classes, noise and timesteps.
+        """This process's images (turned at random) as the UNet sees them, classes, noise and timesteps.
 
         Timesteps are spread evenly over the lowest `share` of the schedule.
         """
         images = random_orientations(pixel_values, generator)
-        noise = torch.randn(images.shape, generator=generator)
+        noise = torch.randn((len(images), *self.conditioning.sample_shape), generator=generator)
         highest = max(1, round(share * self.training_schedule.config.num_train_timesteps))
         timesteps = evenly_spread(len(images), highest, generator)
-        return self.own(images), self.own(class_ids), self.own(noise), self.own(timesteps)
+        clean = self.conditioning.encode(self.own(images))
+        return clean, self.own(class_ids), self.own(noise), self.own(timesteps)
 
     def own(self, values: Tensor) -> Tensor:
         """This process's part of a global batch, on its device."""
@@ -255,7 +254,11 @@ class AdapterTrainer(ABC, Generic[Config]):
             config=asdict(self.config),
             inputs=self.inputs,
             seeds={"seed": self.config.seed},
-            metrics={**metrics, "adapter_parameters": sum(parameter.numel() for parameter in self.parameters)},
+            metrics={
+                "method": self.config.method,
+                **metrics,
+                "adapter_parameters": sum(parameter.numel() for parameter in self.parameters),
+            },
             wall_s=time.monotonic() - started,
             peak_rss_mb=peak_rss_mb(),
         )
@@ -268,6 +271,7 @@ class AdapterTrainer(ABC, Generic[Config]):
                 grading=Grading(**(self.reward_model.config.grading or {"simulated": False})),
                 base_model=self.config.base_model,
                 class_names=self.pipeline.class_names,
+                prompts=self.pipeline.prompts() if isinstance(self.pipeline, PromptPipeline) else (),
             )
             record.save(self.folder)
         self.run.close()

@@ -39,7 +39,7 @@ from pathalign.images import ImageSet
 from pathalign.progress import Progress, say
 from pathalign.reward import RewardModel, RewardModelConfig
 from pathalign.reward.calibration import evaluation, fit_temperature, negative_log_likelihood
-from pathalign.reward.encoders import CONVNET, encoder_spec
+from pathalign.reward.encoders import FROM_SCRATCH, encoder_spec
 from pathalign.reward.inputs import RewardInputs
 from pathalign.reward.pairs import GradedImages, TrainingPairs, real_count, targets
 from pathalign.schema import InputError, RunRecord, peak_rss_mb
@@ -87,7 +87,7 @@ def model_configuration(config: RewardConfig, inputs: RewardInputs) -> RewardMod
     Raises:
         InputError: If the encoder is unknown.
     """
-    size = config.image_size_px or (inputs.train.image_size_px if config.encoder == CONVNET else None)
+    size = config.image_size_px or (inputs.train.image_size_px if config.encoder in FROM_SCRATCH else None)
     spec = encoder_spec(config.encoder, size, config.encoder_revision)
     return RewardModelConfig(
         class_names=list(inputs.train.class_names),
@@ -196,7 +196,7 @@ def _trainer(
 
 def _new_model(model_config: RewardModelConfig, config: RewardConfig) -> RewardModel:
     model = RewardModel(model_config)
-    if config.encoder != CONVNET:
+    if config.encoder not in FROM_SCRATCH:
         model.load_pretrained_encoder(config.encoder, config.encoder_revision)
     return model
 

@@ -18,20 +18,19 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from pathalign.artefacts import artefact
-from pathalign.diffusion.pipeline import ClassConditionalPipeline
+from pathalign.diffusion.loading import BaseModel
 from pathalign.generate import Sampling, draw, scratch_dir, set_scheduler
 from pathalign.images import ImageSet, to_pixel_values
 from pathalign.progress import say
 from pathalign.randomness import seeded
-from pathalign.reward import RewardModel
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.reward_weighted import RewardWeightedConfig
 from pathalign.trainers.adapter import TRAINING, AdapterTrainer, load_inputs
 from pathalign.trainers.base import cosine_rate
+from pathalign.trainers.epochs import first_seed
 from pathalign.trainers.pretrain import denoising_loss, noisy_and_target
+from pathalign.trainers.rewards import Reward
 from pathalign.trainers.weighting import contrastive_loss, reward_weights
-
-FIRST_SEED, SEEDS_PER_ROUND = 2**31, 2**20  # beyond the seeds of candidate sets; torch uses 32 bits of a seed
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class RewardWeightedTrainer(AdapterTrainer[RewardWeightedConfig]):
 
     def __init__(
         self,
-        pipeline: ClassConditionalPipeline,
-        reward_model: RewardModel,
+        pipeline: BaseModel,
+        reward_model: Reward,
         real: ImageSet,
         config: RewardWeightedConfig,
         folder: Path,
@@ -155,22 +154,27 @@ class RewardWeightedTrainer(AdapterTrainer[RewardWeightedConfig]):
         """Draw images with the weights in `sampled_with`, and score them.
 
         Raises:
-            InputError: If a reward is no number.
+            InputError: If a reward is no number, or negative where it is itself the weight.
         """
         config = self.config
         count = len(self.pipeline.class_names)
         class_ids = torch.arange(count).repeat(config.images_per_class)
-        first_seed = FIRST_SEED + (config.seed * (config.rounds + 1) + number) * SEEDS_PER_ROUND % FIRST_SEED
-        sampling = Sampling(config.inference_steps, config.guidance_scale, config.sample_batch_size, first_seed)
+        first = first_seed(config.seed, config.rounds, number)
+        sampling = Sampling(config.inference_steps, config.guidance_scale, config.sample_batch_size, first)
         process = (self.accelerator.process_index, self.accelerator.num_processes)
         scratch = scratch_dir(self.folder, [asdict(config), self.inputs, number, self.setbacks])
-        with self.weights_of(self.sampled_with):
+        with self.weights_of(self.sampled_with), self.accelerator.autocast():
             parts = draw(self.pipeline, self.reward_model, class_ids.tolist(), sampling, scratch, process)
         parts = sorted(gather_object(parts), key=lambda part: int(part["start"]))
         rewards = torch.tensor([reward for part in parts for reward in part["rewards"]])
         self.mean_rewards = [*self.mean_rewards[:number], float(rewards.mean())]
         if not torch.isfinite(rewards).all():
             raise InputError(f"{self.config.reward_model} gives rewards that are no numbers; train it again.")
+        if self.config.weighting in ("reward", "normalized") and float(rewards.min()) < 0:
+            raise InputError(
+                f"{self.config.reward_model} gives rewards below 0 (the least is {float(rewards.min()):.3g}), but with "
+                f"`weighting: {self.config.weighting}` rewards are weights. Use `weighting: advantage`."
+            )
         when = f"before round {number + 1}" if number < config.rounds else "at the end"
         say(f"Mean reward {when}: {float(rewards.mean()):.3f} of {len(rewards)} images.")
         return Batch(
