@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from pathalign import workflow
 from pathalign.config import build, parse_config, read_yaml
 from pathalign.settings.pretrain import PretrainConfig
+from pathalign.stages import METHODS as METHODS_TABLE
 from pathalign.stages import STAGES, load
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -32,6 +34,10 @@ FILES = {
     "sample": ("sample", "samples_before"),
     "evaluate": ("evaluate", "evaluation"),
 }
+METHOD_FILES = {f"finetune_{name}": name for name in ("ddpo", "grpo", "draft", "dpo")}
+GPU_FILES = ["multi-gpu/accelerate", "multi-gpu/finetune_ddpo", "multi-node/accelerate", "multi-node/finetune_ddpo"]
+GPU_FILES += ["single-gpu/finetune_ddpo"]
+METHODS = {method.name: method for method in METHODS_TABLE}
 
 
 def stage(name):
@@ -41,7 +47,8 @@ def stage(name):
 def test_there_are_two_recipes_and_two_full_sets_of_training_configurations():
     assert [path.stem for path in RECIPES] == ["demo_phantom", "demo_real"]
     found = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
-    assert found == sorted(f"{folder}/{name}.yaml" for folder in ("smoke", "reference") for name in FILES)
+    sets = [f"{folder}/{name}" for folder in ("smoke", "reference") for name in (*FILES, *METHOD_FILES)]
+    assert found == sorted(f"{name}.yaml" for name in (*sets, *GPU_FILES))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -63,7 +70,32 @@ def test_minutes_scale_steps_and_images_and_nothing_else():
     assert workflow.recipe("demo_real", 0.001)["pretrain"]["steps"] == workflow.FLOORS["steps"]
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def configurations(names):
+    return [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.stem in names]
+
+
+@pytest.mark.parametrize("path", configurations(METHOD_FILES), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_methods_configuration_is_accepted_and_has_a_folder_of_its_own(path):
+    values, name = read_yaml(path), METHOD_FILES[path.stem]
+    run_dir = f"runs/{path.parent.name}"
+    assert values.pop("output_dir") == f"{run_dir}/adapter_{name}"
+    config = build(load(METHODS[name].settings), values)
+    assert (config.reward_model, config.data) == (f"{run_dir}/reward", f"{run_dir}/data")
+    if path.parent.name == "reference":  # all else as it is by default
+        inputs = {"base_model", "reward_model", "data", "feedback"}
+        plain = asdict(type(config)())
+        assert {key: value for key, value in asdict(config).items() if key not in inputs} == {
+            key: value for key, value in plain.items() if key not in inputs
+        }
+
+
+@pytest.mark.parametrize("path", configurations(["accelerate"]), ids=lambda path: path.parent.name)
+def test_accelerate_understands_its_files(path):
+    config = load_config_from_file(str(path))
+    assert config.distributed_type == "MULTI_GPU" and config.num_processes > 1 and config.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("path", configurations(FILES), ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_training_configuration_is_accepted_and_writes_where_the_next_one_reads(path):
     stage_name, folder = FILES[path.stem]
     values = read_yaml(path)
@@ -91,12 +123,14 @@ def test_the_reference_settings_are_those_of_the_demo_on_real_cells(name):
 
 def test_every_script_is_in_the_table_and_in_the_smoke_run():
     scripts = sorted(path.name for path in (PROJECT / "training").glob("*.py"))
-    assert len(scripts) == 6
+    assert len(scripts) == 10
     table = (PROJECT / "training" / "README.md").read_text()
     smoke = (PROJECT / "training" / "run_smoke.sh").read_text()
+    looped = re.search(r"for method in (.*?);", smoke)[1].split()
+    assert looped == list(METHOD_FILES.values())
     for script in scripts:
         assert f"`{script}`" in table
-        assert f"training/{script}" in smoke
+        assert f"training/{script}" in smoke or ("training/finetune_$method.py" in smoke and script[9:-3] in looped)
     used = set(re.findall(r"\$configs/(\w+)\.yaml", smoke))
     assert used == set(FILES)
 

@@ -21,6 +21,9 @@ pathalign grade simulate --config "$configs/grade.yaml"
 $launch training/build_feedback.py --config "$configs/build_feedback.yaml"
 $launch training/train_reward.py --config "$configs/train_reward.yaml"
 $launch training/finetune_reward_weighted.py --config "$configs/finetune_reward_weighted.yaml"
+for method in ddpo grpo draft dpo; do  # further adapters of the same base model, side by side
+  $launch "training/finetune_$method.py" --config "$configs/finetune_$method.yaml"
+done
 $launch training/pretrain.py --config "$configs/control.yaml"
 $launch training/generate.py --config "$configs/sample.yaml"
 $launch training/generate.py --config "$configs/sample.yaml" --adapter "$runs/adapter" --output_dir "$runs/samples_after"
