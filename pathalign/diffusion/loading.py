@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import transformers
 from accelerate import PartialState
 
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
@@ -33,6 +34,7 @@ def load_base(
         InputError: If it cannot be loaded, is of another kind, or is Stable Diffusion without `class_names`.
     """
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     kind = pipeline_kind(path_or_repo_id, revision)
     options = {"safety_checker": None, "requires_safety_checker": False} if kind is PromptPipeline else {}
     try:

@@ -26,6 +26,7 @@ from torch import Tensor
 from pathalign.artefacts import artefact, fingerprint
 from pathalign.augment import random_orientations
 from pathalign.diffusion import lora
+from pathalign.diffusion.conditioning import conditioning_for
 from pathalign.diffusion.loading import BaseModel
 from pathalign.generate import sample, set_scheduler
 from pathalign.images import ImageSet, to_pixel_values
@@ -87,7 +88,7 @@ def load_pairs(config: DPOConfig, pipeline: BaseModel) -> Pairs | None:
     Raises:
         InputError: If they cannot be read, or do not fit the pipeline.
     """
-    size = pipeline.unet.config.sample_size
+    size = conditioning_for(pipeline).image_size_px
     if config.preferences is not None:
         return read_preferences(config.preferences, pipeline.class_names, size)
     if config.feedback is None:
