@@ -150,7 +150,7 @@ def test_rewards_that_are_all_equal(out, data, pipeline, tmp_path):
 
 def test_a_reward_model_of_other_classes(out, data, pipeline, tmp_path):
     model = reward_model(tmp_path / "reward", ["a", "b"])
-    words = ["does not know the classes ['c']", "['a', 'b']", "Use a reward model trained on feedback"]
+    words = ["does not know the classes ['c']", "['a', 'b']", "Use one that was trained on images or feedback"]
     refuse(
         out, WORKED, words, "align", "--base-model", str(pipeline), "--reward-model", str(model), "--data", str(data)
     )

@@ -443,7 +443,7 @@ SCRIPT = """
 import sys
 from brightness import Brightness
 from pathalign.reward import RewardModel
-from pathalign.reward import RewardModel
+from pathalign.settings.ddpo import DDPOConfig
 from pathalign.trainers.ddpo import align
 import json, torch
 torch.set_num_threads(1)
@@ -456,20 +456,18 @@ align(DDPOConfig(**json.loads(sys.argv[1])), sys.argv[2])
 def test_two_processes_learn_what_one_does(settings, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
+    options = {"images_per_class": 5, "inner_epochs": 2, "learning_rate": 1e-4, "kl_weight": 0.1, "beta": 0.1}
     # batches of 5 images are shared 2 and 3; the last sampling batch of each process is smaller
-    options = settings | {
-        "images_per_class": 5,
-        "beta": 0.1,
-        "kl_weight": 0.1,
-        "inner_epochs": 2,
-        "learning_rate": 1e-4,
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
     }
-    environment = {**os.environ, "PYTHONPATH": f"{PROJECT}:{PROJECT / 'tests'}", "OMP_NUM_THREADS": "1"}
     for processes in (1, 2):
-        launch = ["accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
-        ports = ["--num_processes", str(processes), "--main_process_port", "0", "--dynamo_backend", "no"]
-        values = json.dumps({**options, "real_batch_size": 4 // processes})
-        command = [sys.executable, "-m", *launch, *ports, str(script), values, str(tmp_path / str(processes))]
+        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        values = json.dumps({**settings, **options, "real_batch_size": 4 // processes})
+        command = [sys.executable, "-m", *launch, str(script), values, str(tmp_path / str(processes))]
         subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
     one, two = (epoch_rows(tmp_path / name) for name in ("1", "2"))
     assert [row["step"] for row in two] == [1, 2]

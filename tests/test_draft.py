@@ -34,6 +34,8 @@ MEASURED = ("images_per_s", "peak_memory_mb")
 SMALL = {
     "epochs": 3,
     "images_per_class": 2,
+    "variant": "lv",
+    "kl_weight": 1.0,
     "batch_size": 4,
     "micro_batch_size": 2,
     "inference_steps": 2,
@@ -73,7 +75,7 @@ def straight(settings, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RewardModel, "from_pretrained", lambda *_: model)
         align(DraftConfig(**settings), folder)
-    assert model.calls == 27 + 2  # and two checks
+    assert model.calls == 27 + 3  # and three checks
     return folder
 
 
@@ -456,7 +458,7 @@ def test_training_raises_the_reward_of_fresh_images_and_changes_the_adapter_only
     pipeline, model = load_pipeline(settings["base_model"]), Brightness()
     ids = [index % 3 for index in range(24)]
     small = {"epochs": 6, "images_per_class": 4, "batch_size": 6, "micro_batch_size": 6, "learning_rate": 1e-2}
-    config = DraftConfig(**(settings | small | options), beta=0.0, kl_weight=0.0)
+    config = DraftConfig(**(settings | small | options | {"beta": 0.0, "kl_weight": 0.0}))
     set_scheduler(pipeline, config.scheduler)
 
     def fresh_rewards() -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import transformers
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
 from pathalign.diffusion.prompted import PromptPipeline
@@ -46,7 +47,8 @@ def load_base(
             raise InputError(f"{path_or_repo_id} knows words, not classes; name the classes to draw with `classes`.")
         pipeline.name_classes(class_names, template)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(PartialState().device)
+    # Whoever asks first decides whether several processes on a CPU know each other.
+    return pipeline.to(PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device)
 
 
 def pipeline_kind(path_or_repo_id: str, revision: str | None = None) -> type[BaseModel]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -95,6 +95,8 @@ def align(config: DraftConfig, output_dir: str | Path) -> RunRecord:
 
 class DraftTrainer(GuardedTrainer[DraftConfig]):
     """Epochs of drawing images of all classes and following the gradient of their rewards."""
+
+    follows_gradient: ClassVar[bool] = True
 
     def __init__(
         self,
