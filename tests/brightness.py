@@ -1,4 +1,4 @@
-"""What tests of trainers share: a reward that anyone can compute, how bright an image is, and the log's lines."""
+"""What tests of trainers share: a reward that anyone can compute (brightness), small inputs, the lines of the log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pathalign.images import ImageSet
 from pathalign.reward import RewardModelConfig
+from pathalign.settings.pretrain import PretrainConfig
+from pathalign.trainers.pretrain import new_pipeline
+
+CLASSES = ("a", "b", "c")
 
 
 class Brightness(nn.Module):
@@ -24,6 +29,18 @@ class Brightness(nn.Module):
         if self.calls == self.interrupt_at:
             raise KeyboardInterrupt
         return torch.sigmoid(self.slope * pixel_values.mean(dim=(1, 2, 3)))
+
+
+def small_inputs(folder: Path, images: ImageSet | None = None) -> dict:
+    """Settings that name an untrained base model, real images (noise by default) and a reward model, all made here."""
+    if images is None:
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randint(0, 256, (24, 3, 16, 16), generator=generator).to(torch.uint8)
+        images = ImageSet.build(pixels, torch.arange(24) % 3, CLASSES)
+    images.save(folder / "data")
+    config = PretrainConfig(block_out_channels=[8, 16], attention_levels=[1])
+    new_pipeline(config, 16, CLASSES).save_pretrained(folder / "base")
+    return {"base_model": str(folder / "base"), "data": str(folder / "data"), "reward_model": "brightness"}
 
 
 def epoch_rows(folder: Path) -> list[dict]:

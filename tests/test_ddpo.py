@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brightness import Brightness, epoch_rows
-from test_reward_weighted import CLASSES
+from brightness import CLASSES, Brightness, epoch_rows, small_inputs
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -27,10 +26,8 @@ from pathalign.randomness import seeded
 from pathalign.reward import RewardModel
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.ddpo import DDPOConfig, GRPOConfig
-from pathalign.settings.pretrain import PretrainConfig
 from pathalign.trainers.adapter import TRAINING
 from pathalign.trainers.ddpo import DDPOTrainer, align, even_parts, policy_loss, share_of
-from pathalign.trainers.pretrain import new_pipeline
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -57,13 +54,7 @@ def brightness(monkeypatch) -> Brightness:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict:
     """Settings of a small run on an untrained pipeline."""
-    folder = tmp_path_factory.mktemp("inputs")
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (24, 3, 16, 16), generator=generator).to(torch.uint8)
-    ImageSet.build(images, torch.arange(24) % 3, CLASSES).save(folder / "data")
-    config = PretrainConfig(block_out_channels=[8, 16], attention_levels=[1])
-    new_pipeline(config, 16, CLASSES).save_pretrained(folder / "base")
-    return {**SMALL, "base_model": str(folder / "base"), "data": str(folder / "data"), "reward_model": "brightness"}
+    return {**SMALL, **small_inputs(tmp_path_factory.mktemp("inputs"))}
 
 
 @pytest.fixture

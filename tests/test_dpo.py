@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brightness import Brightness, epoch_rows
+from brightness import CLASSES, Brightness, epoch_rows, small_inputs
 from test_exports import preference
 
 from pathalign.artefacts import artefact, partial_dir
@@ -21,7 +21,6 @@ from pathalign.images import ImageSet, content_id, to_pixel_values
 from pathalign.reward import RewardModel
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.dpo import DPOConfig
-from pathalign.settings.pretrain import PretrainConfig
 from pathalign.trainers.dpo import (
     DPOTrainer,
     agreement_shares,
@@ -31,9 +30,7 @@ from pathalign.trainers.dpo import (
     preference_losses,
 )
 from pathalign.trainers.preference_pairs import Pairs, graded_pairs, ranked_pairs, read_preferences
-from pathalign.trainers.pretrain import new_pipeline
 
-CLASSES = ("a", "b", "c")
 SMALL = {
     "epochs": 3,
     "pairs_per_epoch": 6,
@@ -73,12 +70,9 @@ def images() -> ImageSet:
 def settings(images, tmp_path_factory) -> dict:
     """Settings of a small run on an untrained pipeline, with graded images: bright ones are plausible."""
     folder = tmp_path_factory.mktemp("inputs")
-    images.save(folder / "data")
     shares = [0.9 if row % 6 >= 3 else 0.1 for row in range(24)]
     replace(images, columns={"plausible": shares}).save(folder / "feedback")
-    config = PretrainConfig(block_out_channels=[8, 16], attention_levels=[1])
-    new_pipeline(config, 16, CLASSES).save_pretrained(folder / "base")
-    return {**SMALL, "base_model": str(folder / "base"), "data": str(folder / "data"), "reward_model": "brightness"}
+    return {**SMALL, **small_inputs(folder, images)}
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brightness import Brightness, epoch_rows
+from brightness import CLASSES, Brightness, epoch_rows, small_inputs
 from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
@@ -16,7 +16,8 @@ from torch import Tensor
 from pathalign.artefacts import artefact, partial_dir
 from pathalign.diffusion import lora
 from pathalign.diffusion.conditioning import ClassConditioning
-from pathalign.diffusion.differentiable import Denoiser, predicted_original, renoised, unrolled
+from pathalign.diffusion.denoiser import Denoiser
+from pathalign.diffusion.differentiable import predicted_original, renoised, unrolled
 from pathalign.diffusion.pipeline import randn_per_image
 from pathalign.generate import SCHEDULERS, load_pipeline, sample, score, set_scheduler
 from pathalign.images import ImageSet, to_images
@@ -24,12 +25,9 @@ from pathalign.randomness import seeded
 from pathalign.reward import RewardImageProcessor, RewardModel, RewardModelConfig
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.draft import DraftConfig
-from pathalign.settings.pretrain import PretrainConfig
 from pathalign.trainers.draft import DraftTrainer, align, objective_of, output_distance, visible
 from pathalign.trainers.epochs import class_balanced_weights, class_turns, first_seed, micro_batches
-from pathalign.trainers.pretrain import new_pipeline
 
-CLASSES = ("a", "b", "c")
 MEASURED = ("images_per_s", "peak_memory_mb")
 SMALL = {
     "epochs": 3,
@@ -58,13 +56,7 @@ def brightness(monkeypatch) -> Brightness:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict:
     """Settings of a small run on an untrained pipeline."""
-    folder = tmp_path_factory.mktemp("inputs")
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (24, 3, 16, 16), generator=generator).to(torch.uint8)
-    ImageSet.build(images, torch.arange(24) % 3, CLASSES).save(folder / "data")
-    config = PretrainConfig(block_out_channels=[8, 16], attention_levels=[1])
-    new_pipeline(config, 16, CLASSES).save_pretrained(folder / "base")
-    return {**SMALL, "base_model": str(folder / "base"), "data": str(folder / "data"), "reward_model": "brightness"}
+    return {**SMALL, **small_inputs(tmp_path_factory.mktemp("inputs"))}
 
 
 @pytest.fixture(scope="module")

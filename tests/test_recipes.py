@@ -13,8 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from pathalign import workflow
 from pathalign.config import build, parse_config, read_yaml
 from pathalign.settings.pretrain import PretrainConfig
-from pathalign.stages import METHODS as METHODS_TABLE
-from pathalign.stages import STAGES, load
+from pathalign.stages import METHODS, STAGES, load
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "training" / "configs"
@@ -37,7 +36,7 @@ FILES = {
 METHOD_FILES = {f"finetune_{name}": name for name in ("ddpo", "grpo", "draft", "dpo")}
 GPU_FILES = ["multi-gpu/accelerate", "multi-gpu/finetune_ddpo", "multi-node/accelerate", "multi-node/finetune_ddpo"]
 GPU_FILES += ["single-gpu/finetune_ddpo"]
-METHODS = {method.name: method for method in METHODS_TABLE}
+METHODS_BY_NAME = {method.name: method for method in METHODS}
 
 
 def stage(name):
@@ -79,7 +78,7 @@ def test_a_methods_configuration_is_accepted_and_has_a_folder_of_its_own(path):
     values, name = read_yaml(path), METHOD_FILES[path.stem]
     run_dir = f"runs/{path.parent.name}"
     assert values.pop("output_dir") == f"{run_dir}/adapter_{name}"
-    config = build(load(METHODS[name].settings), values)
+    config = build(load(METHODS_BY_NAME[name].settings), values)
     assert (config.reward_model, config.data) == (f"{run_dir}/reward", f"{run_dir}/data")
     if path.parent.name == "reference":  # all else as it is by default
         inputs = {"base_model", "reward_model", "data", "feedback"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brightness import Brightness
+from brightness import CLASSES, Brightness, small_inputs
 from diffusers import DDIMScheduler
 from torch import Tensor
 
@@ -28,7 +28,6 @@ from pathalign.trainers.pretrain import new_pipeline, noisy_and_target
 from pathalign.trainers.reward_weighted import RewardWeightedTrainer, align
 from pathalign.trainers.weighting import class_means, contrastive_loss, reward_weights
 
-CLASSES = ("a", "b", "c")
 WEIGHTINGS = ("contrastive", "advantage", "reward", "normalized", "exponential", "top_share")
 CLASS_IDS = [0, 1, 0, 1, 2, 0, 1, 0, 2, 2]
 REWARDS = [0.9, 0.2, 0.1, 0.4, 0.5, 0.3, 0.6, 0.7, 0.8, 0.05]
@@ -57,13 +56,7 @@ def brightness(monkeypatch) -> Brightness:
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict:
     """Settings of a small run on an untrained pipeline."""
-    folder = tmp_path_factory.mktemp("inputs")
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (24, 3, 16, 16), generator=generator).to(torch.uint8)
-    ImageSet.build(images, torch.arange(24) % 3, CLASSES).save(folder / "data")
-    config = PretrainConfig(block_out_channels=[8, 16], attention_levels=[1])
-    new_pipeline(config, 16, CLASSES).save_pretrained(folder / "base")
-    return {**SMALL, "base_model": str(folder / "base"), "data": str(folder / "data"), "reward_model": "brightness"}
+    return {**SMALL, **small_inputs(tmp_path_factory.mktemp("inputs"))}
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from torch import Tensor
 from pathalign.diffusion import lora
 from pathalign.diffusion.conditioning import ClassConditioning
 from pathalign.diffusion.ddim import DDIMPolicy
+from pathalign.diffusion.denoiser import Denoiser
 from pathalign.randomness import seeded
-from pathalign.trainers.rollout import Denoiser, Trajectories, choose_steps, roll_out
+from pathalign.trainers.rollout import Trajectories, choose_steps, roll_out
 
 STEPS, SHAPE = 6, (3, 16, 16)
 NEAR = {"rtol": 1e-3, "atol": 1e-3}  # diffusers takes the root of a difference that float32 rounds by 6e-8

@@ -18,12 +18,10 @@ class Conditioning(Protocol):
     Attributes:
         class_names: Class names in the order of their ids.
         sample_shape: Channels, height and width of what the UNet denoises: pixels or latents.
-        image_size_px: Width and height of the images.
     """
 
     class_names: list[str]
     sample_shape: tuple[int, int, int]
-    image_size_px: int
 
     def __call__(self, class_ids: Tensor) -> dict[str, Tensor | None]:
         """Keyword arguments of the UNet for images of these classes, shape `(n,)`, int64."""
@@ -46,7 +44,6 @@ class ClassConditioning:
         config = pipeline.unet.config
         self.class_names = pipeline.class_names
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.image_size_px = config.sample_size
         self.no_class_id = config.num_class_embeds - 1
 
     def __call__(self, class_ids: Tensor) -> dict[str, Tensor | None]:
@@ -77,7 +74,6 @@ class PromptConditioning:
         self.class_names = pipeline.class_names
         size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
         self.sample_shape = (channels, size, size)
-        self.image_size_px = size * pipeline.vae_scale_factor
         with torch.no_grad():
             # Shape (classes + 1, tokens, width); the last row is the empty prompt.
             self.embeddings = pipeline.encode_prompt([*pipeline.prompts(), ""], pipeline.device, 1, False)[0]

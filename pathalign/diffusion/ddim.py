@@ -80,7 +80,7 @@ class DDIMPolicy:
         stds = eta * ((1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)).clamp_min(0).sqrt()
         # At zero SNR and eta 1 nothing is left under the root; rounding must not make it negative.
         direction = (1 - a_prev - stds.square()).clamp_min(0).sqrt()
-        clean_and_noise = _predictions(scheduler.config.prediction_type, a_t)
+        clean_and_noise = prediction_factors(scheduler.config.prediction_type, a_t)
         coefficients = torch.stack([*clean_and_noise, a_prev.sqrt(), direction], dim=1)
         if not torch.isfinite(coefficients).all():
             raise InputError(
@@ -123,8 +123,8 @@ class DDIMPolicy:
         return ((mean - other_mean) / self.std(step, mean)).square().flatten(1).mean(dim=1) / 2
 
 
-def _predictions(prediction_type: str, a_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Factors of sample and model output in the predicted clean sample and noise."""
+def prediction_factors(prediction_type: str, a_t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Factors of sample and model output in the predicted clean sample, then in the noise, shaped as `a_t`."""
     signal, noise = a_t.sqrt(), (1 - a_t).sqrt()
     zero, one = torch.zeros_like(a_t), torch.ones_like(a_t)
     if prediction_type == "epsilon":

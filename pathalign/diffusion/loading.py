@@ -51,6 +51,12 @@ def load_base(
     return pipeline.to(PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device)
 
 
+def image_size_px(pipeline: BaseModel) -> int:
+    """Width and height of the images that a base model draws."""
+    size = int(pipeline.unet.config.sample_size)
+    return size * pipeline.vae_scale_factor if isinstance(pipeline, PromptPipeline) else size
+
+
 def pipeline_kind(path_or_repo_id: str, revision: str | None = None) -> type[BaseModel]:
     """Class that opens a base model, by `model_index.json` alone.
 

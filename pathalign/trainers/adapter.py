@@ -22,14 +22,14 @@ from pathalign.augment import random_orientations
 from pathalign.cards import Grading, write_card
 from pathalign.diffusion import lora
 from pathalign.diffusion.conditioning import conditioning_for
-from pathalign.diffusion.loading import BaseModel, load_base
+from pathalign.diffusion.loading import BaseModel, image_size_px, load_base
 from pathalign.diffusion.prompted import PromptPipeline
 from pathalign.images import ImageSet
 from pathalign.progress import Progress
 from pathalign.randomness import seeded
 from pathalign.schema import InputError, RunRecord, peak_rss_mb
 from pathalign.settings.adapter import AdapterConfig
-from pathalign.trainers.base import RunFolder, accelerator_for, require_finite
+from pathalign.trainers.base import RunFolder, accelerator_for
 from pathalign.trainers.pretrain import denoising_loss, evenly_spread
 from pathalign.trainers.rewards import Reward, identity, load_rewards
 
@@ -50,7 +50,7 @@ def load_inputs(config: AdapterConfig) -> tuple[BaseModel, Reward, ImageSet]:
             f"{config.data} has the classes {list(real.class_names)}, {config.base_model} has {pipeline.class_names}; "
             "use the data that the base model was trained on."
         )
-    size = conditioning_for(pipeline).image_size_px
+    size = image_size_px(pipeline)
     if real.image_size_px != size:
         raise InputError(
             f"{config.data} has images of {real.image_size_px} px, {config.base_model} draws {size} px; make data of "
@@ -172,10 +172,6 @@ class AdapterTrainer(ABC, Generic[Config]):
         """Learning rate of the next updates."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-
-    def require_finite(self, loss: Tensor, number: int, rate: float) -> None:
-        """Stop the run if the loss is no number any more; what came before can be gone on with."""
-        require_finite(loss, number, rate)
 
     def use(self, weights: list[Tensor]) -> None:
         """Go on from these weights: they draw, and they are the average so far."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +24,19 @@ from torch import Tensor
 from pathalign.artefacts import artefact
 from pathalign.diffusion import lora
 from pathalign.diffusion.ddim import DDIMPolicy
+from pathalign.diffusion.denoiser import Denoiser
 from pathalign.diffusion.loading import BaseModel
 from pathalign.images import ImageSet, to_images, to_pixel_values
 from pathalign.randomness import seeded
-from pathalign.schema import InputError, RunRecord, peak_rss_mb
+from pathalign.schema import InputError, RunRecord
 from pathalign.settings.ddpo import DDPOConfig
 from pathalign.trainers.adapter import SAMPLING, TRAINING, load_inputs
 from pathalign.trainers.advantages import RunningStatistics, group_advantages
+from pathalign.trainers.base import peak_memory_mb, require_finite
 from pathalign.trainers.epochs import first_seed
 from pathalign.trainers.guarded import GuardedTrainer
-from pathalign.trainers.rewards import Reward
-from pathalign.trainers.rollout import Denoiser, Trajectories, choose_steps, roll_out
+from pathalign.trainers.rewards import AsynchronousRewards, Reward
+from pathalign.trainers.rollout import Trajectories, choose_steps, roll_out
 
 PROBED_STEPS = 16  # steps whose divergence is measured each epoch if it has no weight
 
@@ -137,18 +138,17 @@ class DDPOTrainer(GuardedTrainer[DDPOConfig]):
             InputError: If a reward cannot be had or is no number, all are equal at the start, or the loss is no number.
         """
         started = time.monotonic()
-        self.denoiser.forward_images = self.denoiser.backward_images = 0
+        self.denoiser.forwards = self.denoiser.backwards = 0
         rate = self.config.learning_rate * min(1.0, (number + 1) / (self.config.warmup_steps + 1))
         self.set_rate(rate)
         batch = self.collect(number)
         figures = self.learn(batch, number)
-        self.require_finite(torch.tensor(figures["loss"]), number, rate)  # the same on all processes: none waits
+        require_finite(torch.tensor(figures["loss"]), number, rate)  # the same on all processes: none waits
         self.reward_by_epoch = [*self.reward_by_epoch[:number], float(batch.rewards.mean())]
         by_class = {
             f"reward_{name}": float(batch.rewards[batch.class_ids == class_id].mean())
             for class_id, name in enumerate(self.pipeline.class_names)
         }
-        on_device = self.device.type != "cpu"
         return {
             "reward": self.reward_by_epoch[number],
             "reward_std": float(batch.rewards.std(correction=0)),
@@ -156,7 +156,7 @@ class DDPOTrainer(GuardedTrainer[DDPOConfig]):
             **figures,
             "learning_rate": rate,
             "images_per_second": len(batch.rewards) / (time.monotonic() - started),
-            "memory_mb": torch.accelerator.max_memory_allocated() / 2**20 if on_device else peak_rss_mb(),
+            "memory_mb": peak_memory_mb(self.device),
         }
 
     def collect(self, number: int) -> Batch:
@@ -182,8 +182,9 @@ class DDPOTrainer(GuardedTrainer[DDPOConfig]):
             self.device if config.trajectory_device == "same" else torch.device("cpu"),
         )
         first = first_seed(config.seed, config.epochs, number)
-        pending = self.draw(trajectories, [first + row for row in own.tolist()])
-        rewards = self.gathered(own, pending, number)
+        with AsynchronousRewards(self.score) as scores:
+            self.draw(trajectories, [first + row for row in own.tolist()], scores)
+            rewards = self.gathered(own, scores, number)
         if number == 0 and float(rewards.max() - rewards.min()) < 1e-4:
             raise InputError(
                 f"All {len(rewards)} rewards of the first epoch are about {float(rewards.mean()):.4f}: there is "
@@ -197,26 +198,23 @@ class DDPOTrainer(GuardedTrainer[DDPOConfig]):
         advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
         return Batch(trajectories, advantages[own], rewards, class_ids)
 
-    def draw(self, trajectories: Trajectories, seeds: list[int]) -> list[Future[Tensor]]:
-        """Fill the trajectories; the rewards of a finished part are computed while the next one is drawn."""
+    def draw(self, trajectories: Trajectories, seeds: list[int], scores: AsynchronousRewards[Tensor]) -> None:
+        """Fill the trajectories; a finished part is scored while the next one is drawn."""
         merging = lora.merged(self.unet) if self.config.merge_adapter else nullcontext()
         size = self.config.sample_batch_size
-        pending = []
-        with ThreadPoolExecutor(max_workers=1) as pool, merging, torch.no_grad(), self.accelerator.autocast():
+        with merging, torch.no_grad(), self.accelerator.autocast():
             for start in range(0, len(seeds), size):
                 part = slice(start, start + size)
                 sample = roll_out(self.denoiser, self.policy, trajectories, part, seeds[part])
                 images = to_images(self.conditioning.decode(sample).float())
                 class_ids = trajectories.class_ids[part].to(self.device)
-                pending.append(pool.submit(self.score, to_pixel_values(images), class_ids))
-        return pending
+                scores.submit(to_pixel_values(images), class_ids)
 
-    @torch.no_grad()
     def score(self, pixel_values: Tensor, class_ids: Tensor) -> Tensor:
         """Rewards of images as they would be saved, with 8 bits a channel; shape `(n,)`, float32, on the CPU."""
         return self.rewards(pixel_values, class_ids).float().cpu()
 
-    def gathered(self, own: Tensor, pending: list[Future[Tensor]], number: int) -> Tensor:
+    def gathered(self, own: Tensor, scores: AsynchronousRewards[Tensor], number: int) -> Tensor:
         """Rewards of all processes' images, in their order.
 
         Raises:
@@ -225,7 +223,7 @@ class DDPOTrainer(GuardedTrainer[DDPOConfig]):
         values: list[float] = []
         problem, cause = "", None
         try:
-            values = [value for future in pending for value in future.result().tolist()]
+            values = [value for part in scores.results() for value in part.tolist()]
         except Exception as error:
             problem, cause = f"the reward failed ({type(error).__name__}: {error})", error
         parts = gather_object([(own.tolist(), values, problem)])
@@ -315,14 +313,14 @@ class DDPOTrainer(GuardedTrainer[DDPOConfig]):
         with self.accelerator.autocast():
             loss = self.real_loss(generator)
         self.accelerator.backward(self.config.beta * loss)
-        self.denoiser.forward_images += self.config.real_batch_size
-        self.denoiser.backward_images += self.config.real_batch_size
+        self.denoiser.forwards += self.config.real_batch_size
+        self.denoiser.backwards += self.config.real_batch_size
         return loss.detach()[None]
 
     def summary(self, figures: Mapping[str, list[Tensor]]) -> dict[str, float]:
         """Means and largest values over the steps of all processes, and how many images went through the UNet."""
         own = {name: torch.cat(values).tolist() for name, values in figures.items() if values}
-        calls = self.denoiser.forward_images, self.denoiser.backward_images
+        calls = self.denoiser.forwards, self.denoiser.backwards
         parts = gather_object([(own, calls)])
         pooled = {
             name: torch.tensor([value for part, _ in parts for value in part.get(name, [])])

@@ -26,15 +26,14 @@ from torch import Tensor
 from pathalign.artefacts import artefact, fingerprint
 from pathalign.augment import random_orientations
 from pathalign.diffusion import lora
-from pathalign.diffusion.conditioning import conditioning_for
-from pathalign.diffusion.loading import BaseModel
+from pathalign.diffusion.loading import BaseModel, image_size_px
 from pathalign.generate import sample, set_scheduler
 from pathalign.images import ImageSet, to_pixel_values
 from pathalign.randomness import seeded
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.dpo import DPOConfig
 from pathalign.trainers.adapter import TRAINING, load_inputs
-from pathalign.trainers.base import cosine_rate
+from pathalign.trainers.base import cosine_rate, require_finite
 from pathalign.trainers.epochs import class_turns, first_seed, micro_batches
 from pathalign.trainers.guarded import GuardedTrainer
 from pathalign.trainers.preference_pairs import Pairs, graded_pairs, pair_ids, ranked_pairs, read_preferences
@@ -88,7 +87,7 @@ def load_pairs(config: DPOConfig, pipeline: BaseModel) -> Pairs | None:
     Raises:
         InputError: If they cannot be read, or do not fit the pipeline.
     """
-    size = conditioning_for(pipeline).image_size_px
+    size = image_size_px(pipeline)
     if config.preferences is not None:
         return read_preferences(config.preferences, pipeline.class_names, size)
     if config.feedback is None:
@@ -236,14 +235,14 @@ class DPOTrainer(GuardedTrainer[DPOConfig]):
         for rows in micro_batches(torch.arange(len(batch)), self.config.micro_batch_size, process):
             found = self.margins(pixel_values[:, rows], class_ids[rows], noise[rows], timesteps[rows])
             loss = preference_losses(found).sum() / len(batch)
-            self.require_finite(loss, step, rate)
+            require_finite(loss, step, rate)
             accelerator.backward(loss * accelerator.num_processes)
             margins += found.tolist()
         if self.config.beta == 0:
             return margins, 0.0
         with accelerator.autocast():
             real = self.real_loss(generator)
-        self.require_finite(real, step, rate)
+        require_finite(real, step, rate)
         accelerator.backward(self.config.beta * real)
         return margins, real.item()
 

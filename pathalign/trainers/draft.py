@@ -22,16 +22,17 @@ from torch import Tensor
 
 from pathalign.artefacts import artefact
 from pathalign.augment import random_orientations, random_shifts
-from pathalign.diffusion.differentiable import Denoiser, Draw, renoised, unrolled
+from pathalign.diffusion.denoiser import Denoiser
+from pathalign.diffusion.differentiable import Draw, renoised, unrolled
 from pathalign.diffusion.loading import BaseModel
 from pathalign.diffusion.pipeline import randn_per_image
 from pathalign.generate import SCHEDULERS, set_scheduler
 from pathalign.images import ImageSet
 from pathalign.randomness import seeded
-from pathalign.schema import RunRecord, peak_rss_mb
+from pathalign.schema import RunRecord
 from pathalign.settings.draft import DraftConfig
 from pathalign.trainers.adapter import TRAINING, load_inputs
-from pathalign.trainers.base import cosine_rate
+from pathalign.trainers.base import cosine_rate, peak_memory_mb, require_finite
 from pathalign.trainers.epochs import class_balanced_weights, first_seed, micro_batches
 from pathalign.trainers.guarded import GuardedTrainer
 from pathalign.trainers.rewards import Reward
@@ -153,7 +154,7 @@ class DraftTrainer(GuardedTrainer[DraftConfig]):
             "unet_forwards": self.total_of(self.denoise.forwards),
             "unet_backwards": self.total_of(self.denoise.backwards),
             "images_per_s": len(rows) / (time.monotonic() - started),
-            "peak_memory_mb": self.peak_memory_mb(),
+            "peak_memory_mb": peak_memory_mb(self.device),
         }
 
     def gather_gradients(
@@ -178,7 +179,7 @@ class DraftTrainer(GuardedTrainer[DraftConfig]):
         process = (accelerator.process_index, accelerator.num_processes)
         for part in micro_batches(batch, self.config.micro_batch_size, process):
             outcome = self.outcome(class_ids[part], weights[part], [first + row for row in part.tolist()])
-            self.require_finite(outcome.loss, step, rate)
+            require_finite(outcome.loss, step, rate)
             accelerator.backward(outcome.loss * accelerator.num_processes)
             share += outcome.loss.item()
             columns = (class_ids[part], outcome.rewards, outcome.distances)
@@ -187,7 +188,7 @@ class DraftTrainer(GuardedTrainer[DraftConfig]):
         if self.config.beta > 0:
             with accelerator.autocast():
                 loss = self.config.beta * self.real_loss(seeded(self.config.seed, TRAINING, step))
-            self.require_finite(loss, step, rate)
+            require_finite(loss, step, rate)
             accelerator.backward(loss)
             real = loss.item() / self.config.beta
             share += loss.item() / accelerator.num_processes
@@ -241,10 +242,6 @@ class DraftTrainer(GuardedTrainer[DraftConfig]):
     def total_of(self, share: float) -> float:
         """Sum over the processes."""
         return float(sum(gather_object([share])))
-
-    def peak_memory_mb(self) -> float:
-        """Most memory so far, in MB: of the GPU where there is one, else of the process."""
-        return torch.cuda.max_memory_allocated() / 2**20 if self.device.type == "cuda" else peak_rss_mb()
 
     def extra_state(self) -> dict[str, Any]:
         """All else follows from the seed and the epoch."""

@@ -26,7 +26,7 @@ from pathalign.randomness import seeded
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.reward_weighted import RewardWeightedConfig
 from pathalign.trainers.adapter import TRAINING, AdapterTrainer, load_inputs
-from pathalign.trainers.base import cosine_rate
+from pathalign.trainers.base import cosine_rate, require_finite
 from pathalign.trainers.epochs import first_seed
 from pathalign.trainers.pretrain import denoising_loss, noisy_and_target
 from pathalign.trainers.rewards import Reward
@@ -101,7 +101,7 @@ class RewardWeightedTrainer(AdapterTrainer[RewardWeightedConfig]):
             synthetic = self.synthetic_loss(self.batch, generator)
             real = self.real_loss(generator) if config.beta > 0 else torch.zeros((), device=self.device)
             loss = synthetic + config.beta * real
-        self.require_finite(loss, number, rate)
+        require_finite(loss, number, rate)
         self.accelerator.backward(loss)
         norm = self.update()
         return {

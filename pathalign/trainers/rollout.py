@@ -9,40 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from pathalign.diffusion.conditioning import Conditioning
 from pathalign.diffusion.ddim import DDIMPolicy
+from pathalign.diffusion.denoiser import Denoiser
 from pathalign.diffusion.pipeline import randn_per_image
-
-
-class Denoiser:
-    """A UNet with its conditions and guidance; counts the images that go through it.
-
-    Args:
-        unet: Predicts noise, velocity or the clean sample.
-        conditioning: Labels to keyword arguments of the UNet.
-        guidance_scale: 1 asks for the class only; anything else is classifier-free guidance (arXiv:2207.12598).
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, conditioning: Conditioning, guidance_scale: float) -> None:
-        self.unet, self.conditioning, self.guidance_scale = unet, conditioning, guidance_scale
-        self.forward_images = self.backward_images = 0
-
-    def __call__(self, sample: Tensor, timesteps: Tensor, class_ids: Tensor) -> Tensor:
-        """Guided model output for noisy samples `(n, channels, h, w)`, timesteps and classes `(n,)`."""
-        output = self._run(sample, timesteps, self.conditioning(class_ids))
-        if self.guidance_scale == 1.0:
-            return output
-        free = self._run(sample, timesteps, self.conditioning.unconditional(len(sample)))
-        return free + self.guidance_scale * (output - free)
-
-    def _run(self, sample: Tensor, timesteps: Tensor, conditions: dict[str, Tensor | None]) -> Tensor:
-        self.forward_images += len(sample)
-        self.backward_images += len(sample) if torch.is_grad_enabled() else 0
-        output: Tensor = self.unet(sample, timesteps, **conditions).sample
-        return output
 
 
 def choose_steps(
