@@ -63,7 +63,7 @@ class Stage:
         entry: `module:function` that makes an artefact from a configuration and a folder.
         settings: `module:class` of that configuration.
         steps: The folders it makes, in order.
-        files: Further settings that may name a file or folder of the user's.
+        files: Further settings that may name files, folders or reward functions of the user's.
         inherits: Stage whose section gives the values that this one's section lacks.
         seed: The configuration's seed from the run's.
         methods: What `method:` in its section chooses from, if there is a choice; `entry` and `settings` are those of
@@ -166,6 +166,7 @@ STAGES: tuple[Stage, ...] = (
                 },
             ),
         ),
+        files=("other_rewards",),
         methods=METHODS,
         method=METHODS[0].name,
     ),

@@ -14,6 +14,8 @@ from pathalign.settings.pretrain import PretrainConfig
 from pathalign.trainers.pretrain import new_pipeline
 
 CLASSES = ("a", "b", "c")
+MEASURED = ("images_per_second", "peak_memory_mb")
+SPENT = {*MEASURED, "unet_forwards", "unet_backwards", "unet_flops"}  # what every trainer logs of its use of the UNet
 
 
 class Brightness(nn.Module):
@@ -43,7 +45,16 @@ def small_inputs(folder: Path, images: ImageSet | None = None) -> dict:
     return {"base_model": str(folder / "base"), "data": str(folder / "data"), "reward_model": "brightness"}
 
 
+def log_rows(folder: Path) -> list[dict]:
+    """All lines of a trainer's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def epoch_rows(folder: Path) -> list[dict]:
     """Lines of the log, one for each epoch; the line of the check before the first one is left out."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["step"] > 0]
+    return [row for row in log_rows(folder) if row["step"] > 0]
+
+
+def steady_rows(folder: Path) -> list[dict]:
+    """All lines of the log without what they cost: equal for equal runs. A run that goes on may draw images again."""
+    return [{name: value for name, value in row.items() if name not in SPENT} for row in log_rows(folder)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brightness import CLASSES, Brightness, epoch_rows, small_inputs
+from brightness import CLASSES, MEASURED, SPENT, Brightness, epoch_rows, small_inputs, steady_rows
 from torch import Tensor, nn
 from torch.distributions import Normal
 
@@ -40,7 +40,6 @@ SMALL = {
     "lora_rank": 2,
     "check_images_per_class": 2,
 }
-VARYING = ("images_per_second", "memory_mb")
 
 
 @pytest.fixture
@@ -249,13 +248,13 @@ def test_the_real_term_is_added_with_its_weight(trainer_of, tiny_pipeline, monke
 def test_unet_calls_are_counted(trainer_of):
     # 12 images, 4 steps, 2 of them trained; the divergence is probed on the first micro-batch of 5
     figures = trainer_of(train_steps=2).epoch(0)
-    assert (figures["unet_forward_images"], figures["unet_backward_images"]) == (12 * 4 + 12 * 2 + 5, 12 * 2)
+    assert (figures["unet_forwards"], figures["unet_backwards"]) == (12 * 4 + 12 * 2 + 5, 12 * 2)
 
 
 def test_counts_with_divergence_guidance_and_inner_epochs(trainer_of):
     figures = trainer_of(train_steps=2, kl_weight=0.1, guidance_scale=2.0, inner_epochs=2).epoch(0)
-    assert figures["unet_forward_images"] == 2 * (12 * 4 + 2 * (12 * 2 + 12 * 2))
-    assert figures["unet_backward_images"] == 2 * 2 * 12 * 2
+    assert figures["unet_forwards"] == 2 * (12 * 4 + 2 * (12 * 2 + 12 * 2))
+    assert figures["unet_backwards"] == 2 * 2 * 12 * 2
 
 
 def test_divergence_from_the_base_model_is_zero_only_without_adapter(trainer_of):
@@ -339,8 +338,8 @@ def test_equal_rewards_are_refused_with_advice(settings, brightness, tmp_path):
 
 def contents(folder: Path) -> tuple[bytes, list[dict], list[float]]:
     """What equal runs have in common."""
-    rows = [{key: value for key, value in row.items() if key not in VARYING} for row in epoch_rows(folder)]
-    return (folder / lora.WEIGHTS_NAME).read_bytes(), rows, RunRecord.load(folder).metrics["reward_by_epoch"]
+    rewards = RunRecord.load(folder).metrics["reward_by_epoch"]
+    return (folder / lora.WEIGHTS_NAME).read_bytes(), steady_rows(folder), rewards
 
 
 @pytest.mark.parametrize(
@@ -377,9 +376,9 @@ def test_one_log_line_for_each_epoch(settings, brightness, tmp_path):
     align(DDPOConfig(**settings), tmp_path / "adapter")
     rows = epoch_rows(tmp_path / "adapter")
     names = """step reward reward_std reward_a reward_b reward_c loss real_loss kl ratio_mean ratio_deviation clip_share
-    sampling_error gradient_norm learning_rate images_per_second unet_forward_images unet_backward_images memory_mb"""
+    sampling_error gradient_norm learning_rate"""
     assert [row["step"] for row in rows] == [1, 2]
-    assert all(set(row) - {"check_reward"} == set(names.split()) for row in rows)
+    assert all(set(row) - {"check_reward"} == {*names.split(), *SPENT} for row in rows)
     for row in rows:
         assert row["reward"] == pytest.approx(np.mean([row[f"reward_{name}"] for name in CLASSES]), rel=1e-5)
     pipeline = load_pipeline(settings["base_model"])
@@ -463,7 +462,7 @@ def test_two_processes_learn_what_one_does(settings, tmp_path):
     one, two = (epoch_rows(tmp_path / name) for name in ("1", "2"))
     assert [row["step"] for row in two] == [1, 2]
     for row, other in zip(one, two, strict=True):
-        assert {name: other[name] for name in row if name not in VARYING} == pytest.approx(
-            {name: value for name, value in row.items() if name not in VARYING}, rel=2e-3, abs=1e-5
+        assert {name: other[name] for name in row if name not in MEASURED} == pytest.approx(
+            {name: value for name, value in row.items() if name not in MEASURED}, rel=2e-3, abs=1e-5
         )
-    assert sum(row["unet_backward_images"] for row in two) == sum(row["unet_backward_images"] for row in one)
+    assert sum(row["unet_backwards"] for row in two) == sum(row["unet_backwards"] for row in one)

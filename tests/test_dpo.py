@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brightness import CLASSES, Brightness, epoch_rows, small_inputs
+from brightness import CLASSES, SPENT, Brightness, epoch_rows, small_inputs, steady_rows
 from test_exports import preference
 
 from pathalign.artefacts import artefact, partial_dir
@@ -295,13 +295,13 @@ def test_online_pairs_are_of_each_epochs_own_images_and_one_line_is_logged_for_e
     assert [row["step"] for row in rows] == [1, 2, 3] and {row["pairs"] for row in rows} == {6}
     assert len({row["reward"] for row in rows}) == 3
     names = {"loss", "real_loss", "implicit_accuracy", "margin", "pairs", "reward", "gradient_norm", "learning_rate"}
-    assert all(set(row) - {"check_reward"} == names | {"step"} for row in rows)
+    assert all(set(row) - {"check_reward"} == names | SPENT | {"step"} for row in rows)
     record = RunRecord.load(tmp_path / "adapter")
     assert record.metrics["mean_reward_by_epoch"] == [row["reward"] for row in rows] and record.stage == "align"
 
 
-def contents(folder: Path) -> tuple[bytes, str]:
-    return (folder / lora.WEIGHTS_NAME).read_bytes(), (folder / "log.jsonl").read_text()
+def contents(folder: Path) -> tuple[bytes, list[dict]]:
+    return (folder / lora.WEIGHTS_NAME).read_bytes(), steady_rows(folder)
 
 
 @pytest.mark.parametrize("source", ["fresh images", "feedback"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brightness import CLASSES, Brightness, epoch_rows, small_inputs
+from brightness import CLASSES, Brightness, epoch_rows, small_inputs, steady_rows
 from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor
@@ -27,8 +27,8 @@ from pathalign.schema import InputError, RunRecord
 from pathalign.settings.draft import DraftConfig
 from pathalign.trainers.draft import DraftTrainer, align, objective_of, output_distance, visible
 from pathalign.trainers.epochs import class_balanced_weights, class_turns, first_seed, micro_batches
+from pathalign.trainers.usage import Usage
 
-MEASURED = ("images_per_s", "peak_memory_mb")
 SMALL = {
     "epochs": 3,
     "images_per_class": 2,
@@ -220,13 +220,14 @@ def test_checkpointing_changes_no_gradient_and_costs_one_more_forward_pass(adapt
     ids, gradients, calls = torch.tensor([0, 1]), [], []
     for checkpointing in (False, True):
         denoise = denoiser(adapted, checkpointing=checkpointing)
+        usage = Usage(adapted.unet, DraftConfig(), torch.device("cpu"))
         found = unrolled(denoise, sampler(adapted, "dpmsolver++"), noise_of(2), ids, 4, train_steps)
         distance = sum(
             output_distance(call.model_output, denoise.reference(call.sample, call.timestep, ids)).sum()
             for call in found.calls
         )
         gradients.append(gradient_of(adapted.unet, toy_reward(found.sample) + distance))
-        calls.append((denoise.forwards, denoise.backwards))
+        calls.append((usage.forwards, usage.backwards))
     assert torch.equal(*gradients)
     # two images, four steps; a reference for each trained step, with a gradient if its sample depends on the adapter
     through = train_steps + (train_steps - 1)
@@ -411,7 +412,7 @@ def test_the_loss_is_the_sum_of_its_terms_and_all_classes_have_the_same_say(sett
     trainer = trainer_of(settings, tmp_path / "run", variant="k", train_steps=2, kl_weight=0.7, objective="reward")
     shake(trainer.unet)
     weights = torch.tensor([0.5, 0.25, 0.25])
-    outcome = trainer.outcome(torch.tensor([0, 1, 1]), weights, [7, 8, 9])
+    outcome = trainer.outcome(torch.tensor([0, 1, 1]), weights, [7, 8, 9], measured=True)
     expected = float((weights * (0.7 * outcome.distances - outcome.rewards)).sum())
     assert outcome.loss.item() == pytest.approx(expected, rel=1e-5)
     assert float(outcome.distances.min()) > 1e-5
@@ -492,9 +493,10 @@ def test_one_log_line_for_each_epoch_with_every_class_and_what_it_cost(settings,
     for row in rows:
         by_class = [row[f"reward_{name}"] for name in CLASSES]
         assert row["reward"] == pytest.approx(np.mean(by_class), rel=1e-5)  # two images of each
-        # 6 images, each with and without class: 2 steps, 2 repetitions, 3 references; 3 of them trained, and again
-        assert row["unet_forwards"] == 6 * 2 * (2 + 2 + 3 + 3) and row["unet_backwards"] == 6 * 2 * 3
-        assert row["peak_memory_mb"] > 10 and row["images_per_s"] > 0 and row["gradient_norm"] > 0
+        # 6 images, each with and without class: 2 steps, 2 repetitions, 3 references; 3 of them trained, and again; and
+        # two batches of 2 real images
+        assert row["unet_forwards"] == 6 * 2 * (2 + 2 + 3 + 3) + 4 and row["unet_backwards"] == 6 * 2 * 3 + 4
+        assert row["peak_memory_mb"] > 10 and row["images_per_second"] > 0 and row["gradient_norm"] > 0
     record = RunRecord.load(tmp_path / "adapter")
     assert record.stage == "align"
     assert record.metrics["mean_reward_by_epoch"] == pytest.approx([row["reward"] for row in rows])
@@ -502,9 +504,8 @@ def test_one_log_line_for_each_epoch_with_every_class_and_what_it_cost(settings,
 
 
 def contents(folder: Path) -> tuple[bytes, list[dict], list[float]]:
-    rows = epoch_rows(folder)
-    rows = [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
-    return (folder / lora.WEIGHTS_NAME).read_bytes(), rows, RunRecord.load(folder).metrics["mean_reward_by_epoch"]
+    rewards = RunRecord.load(folder).metrics["mean_reward_by_epoch"]
+    return (folder / lora.WEIGHTS_NAME).read_bytes(), steady_rows(folder), rewards
 
 
 # nine calls in an epoch: batches of two parts and of one, each scored three times

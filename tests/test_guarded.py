@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from brightness import log_rows
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 from scipy.stats import ttest_rel
@@ -141,10 +142,6 @@ def run(inputs, tmp_path, monkeypatch) -> Run:
     return Run(inputs, tmp_path, models, clock)
 
 
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("standard_errors", [0.0, 1.0, 2.0, 3.0])
 def test_significance_is_that_of_the_paired_t_statistic(standard_errors):
     rng = np.random.default_rng(0)
@@ -200,7 +197,7 @@ def test_stop_ends_as_it_is_and_continue_only_says_so(run, choice, stopped_at, k
     assert record.metrics["reward_hacking"] is True
     assert (record.metrics["stopped_at"], record.metrics["kept_epoch"]) == (stopped_at, kept)
     assert run.epochs_kept() == pytest.approx(kept, abs=1e-3)
-    assert [row["step"] for row in rows(run.folder / "adapter")] == list(range(kept + 1))
+    assert [row["step"] for row in log_rows(run.folder / "adapter")] == list(range(kept + 1))
 
 
 def test_a_fall_within_the_noise_of_the_images_stops_nothing(run):
@@ -232,7 +229,7 @@ def test_without_a_held_out_model_the_reward_is_logged_and_the_run_says_that_not
     assert [check["epoch"] for check in record.metrics["checks"]] == [0, 2, 4, 5]
     assert all(set(check) == {"epoch", "reward"} for check in record.metrics["checks"])
     assert record.metrics["reward_hacking"] is False and record.metrics["kept_epoch"] == 5
-    found = {row["step"]: set(row) for row in rows(run.folder / "adapter")}
+    found = {row["step"]: set(row) for row in log_rows(run.folder / "adapter")}
     checked = {"step", "reward", "check_reward"}
     assert found == {0: {"step", "check_reward"}, 1: {"step", "reward"}, 2: checked, 3: {"step", "reward"}} | {
         4: checked,
@@ -270,7 +267,7 @@ def test_the_judge_is_logged_and_decides_nothing(run):
     shares = [check.pop("judge_share") for check in beside.metrics["checks"]]
     assert shares == [0.0, 1.0, 1.0, 1.0]
     assert beside.metrics == without.metrics
-    assert [row["check_judge_share"] for row in rows(run.folder / "beside")] == shares
+    assert [row["check_judge_share"] for row in log_rows(run.folder / "beside")] == shares
 
 
 def test_every_check_writes_a_sheet_of_the_same_seeds_by_the_usual_sampler(run):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,8 @@ FILES = {
     "sample": ("sample", "samples_before"),
     "evaluate": ("evaluate", "evaluation"),
 }
+# Reward models of the policy trainers: their folder, and that of the step in a run by such a method.
+GUARD_FILES = {"train_reward_even": ("reward_even", "reward"), "train_held_out_reward": ("held_out_reward",) * 2}
 METHOD_FILES = {f"finetune_{name}": name for name in ("ddpo", "grpo", "draft", "dpo")}
 GPU_FILES = ["multi-gpu/accelerate", "multi-gpu/finetune_ddpo", "multi-node/accelerate", "multi-node/finetune_ddpo"]
 GPU_FILES += ["single-gpu/finetune_ddpo"]
@@ -46,7 +48,7 @@ def stage(name):
 def test_there_are_two_recipes_and_two_full_sets_of_training_configurations():
     assert [path.stem for path in RECIPES] == ["demo_phantom", "demo_real"]
     found = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
-    sets = [f"{folder}/{name}" for folder in ("smoke", "reference") for name in (*FILES, *METHOD_FILES)]
+    sets = [f"{folder}/{name}" for folder in ("smoke", "reference") for name in (*FILES, *GUARD_FILES, *METHOD_FILES)]
     assert found == sorted(f"{name}.yaml" for name in (*sets, *GPU_FILES))
 
 
@@ -79,9 +81,12 @@ def test_a_methods_configuration_is_accepted_and_has_a_folder_of_its_own(path):
     run_dir = f"runs/{path.parent.name}"
     assert values.pop("output_dir") == f"{run_dir}/adapter_{name}"
     config = build(load(METHODS_BY_NAME[name].settings), values)
-    assert (config.reward_model, config.data) == (f"{run_dir}/reward", f"{run_dir}/data")
+    if path.parent.name not in ("smoke", "reference"):
+        return
+    rewards = config.reward_model, config.held_out_reward_model
+    assert (*rewards, config.data) == (f"{run_dir}/reward_even", f"{run_dir}/held_out_reward", f"{run_dir}/data")
     if path.parent.name == "reference":  # all else as it is by default
-        inputs = {"base_model", "reward_model", "data", "feedback"}
+        inputs = {"base_model", "reward_model", "held_out_reward_model", "data", "feedback"}
         plain = asdict(type(config)())
         assert {key: value for key, value in asdict(config).items() if key not in inputs} == {
             key: value for key, value in plain.items() if key not in inputs
@@ -120,6 +125,18 @@ def test_the_reference_settings_are_those_of_the_demo_on_real_cells(name):
     assert asdict(build(type(job.config), values)) == wanted
 
 
+@pytest.mark.parametrize("path", configurations(GUARD_FILES), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_guard_and_what_it_guards_are_those_of_a_run_by_a_policy_trainer(path):
+    values, (folder, step) = read_yaml(path), GUARD_FILES[path.stem]
+    run_dir = f"runs/{path.parent.name}"
+    assert values.pop("output_dir") == f"{run_dir}/{folder}"
+    recipe = workflow.merge(workflow.recipe("demo_real"), {"align": {"method": "ddpo"}})
+    wanted = next(job.config for job in workflow.plan(recipe, Path(run_dir)) if job.folder.name == step)
+    assert build(type(wanted), values) == replace(wanted, epochs=values["epochs"])
+    if path.parent.name == "reference":
+        assert values["epochs"] == wanted.epochs
+
+
 def test_every_script_is_in_the_table_and_in_the_smoke_run():
     scripts = sorted(path.name for path in (PROJECT / "training").glob("*.py"))
     assert len(scripts) == 10
@@ -131,7 +148,7 @@ def test_every_script_is_in_the_table_and_in_the_smoke_run():
         assert f"`{script}`" in table
         assert f"training/{script}" in smoke or ("training/finetune_$method.py" in smoke and script[9:-3] in looped)
     used = set(re.findall(r"\$configs/(\w+)\.yaml", smoke))
-    assert used == set(FILES)
+    assert used == {*FILES, *GUARD_FILES}
 
 
 def test_no_script_hides_a_library_that_the_package_imports():

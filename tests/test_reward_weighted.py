@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import types
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from brightness import CLASSES, Brightness, small_inputs
+from brightness import CLASSES, SPENT, Brightness, log_rows, small_inputs, steady_rows
 from diffusers import DDIMScheduler
 from torch import Tensor
 
@@ -234,7 +233,7 @@ def test_a_round_that_does_harm_is_undone_and_the_best_adapter_is_the_one_that_i
     assert seen == [(0, True, 0), (1, False, 0), (1, True, 1), (2, False, 1)]
     assert record.metrics["setbacks"] == 1
     assert all(torch.equal(a, b.detach()) for a, b in zip(first, trainer.parameters, strict=True))
-    rows = [json.loads(line) for line in (tmp_path / "adapter" / "log.jsonl").read_text().splitlines()]
+    rows = log_rows(tmp_path / "adapter")
     rates = [1e-2 * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]  # cosine over all six steps
     halved = [rate * (0.5 if step >= 3 else 1) for step, rate in enumerate(rates)]
     np.testing.assert_allclose([row["learning_rate"] for row in rows], halved, rtol=1e-6)
@@ -255,11 +254,11 @@ def test_the_written_adapter_loads_by_diffusers_own_method_and_changes_images(se
 
 def test_one_log_line_for_each_step(settings, brightness, tmp_path):
     align(RewardWeightedConfig(**settings), tmp_path / "adapter")
-    rows = [json.loads(line) for line in (tmp_path / "adapter" / "log.jsonl").read_text().splitlines()]
+    rows = log_rows(tmp_path / "adapter")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["round"] for row in rows] == [1, 1, 1, 2, 2, 2]
     names = {"loss", "synthetic_loss", "real_loss", "gradient_norm", "learning_rate", "mean_reward", "step", "round"}
-    assert all(set(row) == names for row in rows)
+    assert all(set(row) == names | SPENT for row in rows)
     beta = RewardWeightedConfig(**settings).beta
     for row in rows:
         assert row["loss"] == pytest.approx(row["synthetic_loss"] + beta * row["real_loss"], rel=1e-5)
@@ -276,13 +275,13 @@ def test_each_weighting_trains(settings, brightness, tmp_path, weighting):
 def test_without_the_real_term_no_real_images_are_needed(settings, brightness, tmp_path):
     small = settings | {"rounds": 1, "steps_per_round": 2, "beta": 0.0, "real_batch_size": 0}
     align(RewardWeightedConfig(**small), tmp_path / "adapter")
-    rows = [json.loads(line) for line in (tmp_path / "adapter" / "log.jsonl").read_text().splitlines()]
+    rows = log_rows(tmp_path / "adapter")
     assert [row["real_loss"] for row in rows] == [0.0, 0.0]
 
 
-def contents(folder: Path) -> tuple[bytes, str, list[float]]:
+def contents(folder: Path) -> tuple[bytes, list[dict], list[float]]:
     rewards = RunRecord.load(folder).metrics["mean_reward_by_round"]
-    return (folder / lora.WEIGHTS_NAME).read_bytes(), (folder / "log.jsonl").read_text(), rewards
+    return (folder / lora.WEIGHTS_NAME).read_bytes(), steady_rows(folder), rewards
 
 
 @pytest.mark.parametrize("interrupt", ["step 1", "step 2", "step 4", "step 6", "images of round 2"])

@@ -136,6 +136,23 @@ def test_a_changed_input_file_of_the_users_counts(loop, tmp_path):
     assert loop(data=data) == ["data"]
 
 
+@pytest.mark.parametrize("spelling", ["{name}", "{name}=0.5"])
+def test_an_edited_reward_function_counts(tmp_path, monkeypatch, spelling):
+    monkeypatch.chdir(tmp_path)
+    module = tmp_path / "pathalign_test_rewards" / "colour.py"
+    module.parent.mkdir()
+    module.write_text("def red(images, labels): ...\n")
+    source = spelling.format(name="pathalign_test_rewards.colour:red")
+    key = "reward_model" if source.endswith("red") else "other_rewards"
+    align = {"method": "ddpo", key: source if key == "reward_model" else [source]}
+    job = next(job for job in workflow.plan({"align": align}, tmp_path / "run") if job.stage.name == "align")
+    contents = dict.fromkeys(("base", "data", "reward", "judge", "held_out_reward", "feedback"), "made before")
+    first = workflow._key(job, contents)
+    assert workflow._key(job, contents) == first
+    module.write_text("def red(images, labels): return images[:, 0]\n")
+    assert workflow._key(job, contents) != first
+
+
 @pytest.mark.parametrize("harm", ["deleted", "altered"])
 def test_a_folder_that_was_deleted_or_altered_is_made_again(loop, harm):
     loop()

@@ -16,7 +16,7 @@ from pathalign.diffusion.conditioning import Conditioning
 
 
 class Denoiser:
-    """A UNet as a sampler sees it: classes in, guided output out; counts what it is asked.
+    """A UNet as a sampler sees it: classes in, guided output out.
 
     Args:
         unet: With an adapter attached.
@@ -25,10 +25,6 @@ class Denoiser:
         checkpointing: Keep no activations for the backward pass but compute them again: one more forward pass for the
             memory of a single call.
         autocast: Makes the context of lower precision; outputs come back in the precision of the sample.
-
-    Attributes:
-        forwards: Images that went through the UNet, counted once with the class and once without it.
-        backwards: Images that a gradient goes, or will go, back for.
     """
 
     def __init__(
@@ -41,7 +37,6 @@ class Denoiser:
     ) -> None:
         self.unet, self.conditioning, self.guidance_scale = unet, conditioning, guidance_scale
         self.checkpointing, self.autocast = checkpointing, autocast
-        self.forwards = self.backwards = 0
 
     def __call__(self, sample: Tensor, timestep: Tensor, class_ids: Tensor) -> Tensor:
         """UNet output for noisy images `(n, *sample_shape)` at one timestep or at `(n,)`, of the same shape."""
@@ -54,11 +49,7 @@ class Denoiser:
     def _run(
         self, output: Callable[..., Tensor], sample: Tensor, timestep: Tensor, class_ids: Tensor, backward: bool
     ) -> Tensor:
-        passes = len(sample) * (1 if self.guidance_scale == 1.0 else 2)
-        again = backward and self.checkpointing
-        self.forwards += passes * (2 if again else 1)
-        self.backwards += passes if backward else 0
-        if again:
+        if backward and self.checkpointing:
             return checkpoint(output, sample, timestep, class_ids, use_reentrant=False)
         return output(sample, timestep, class_ids)
 

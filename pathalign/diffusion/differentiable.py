@@ -83,7 +83,7 @@ def renoised(
         class_ids: Shape `(n,)`.
         generators: One for each image.
 
-    Source: arXiv:2309.17400, section 4.3: x_1 = alpha_1 stop_gradient(x_0) + sigma_1 noise, then the estimate of x_0.
+    Source: DRaFT-LV (arXiv:2309.17400, section 4): x_1 = alpha_1 stop_gradient(x_0) + sigma_1 noise, then x_0 from it.
     """
     final, timestep = draw.sample.detach(), draw.calls[-1].timestep
     noise = randn_per_image(final.shape[1:], generators).to(final)

@@ -32,6 +32,7 @@ from pathalign.settings.adapter import AdapterConfig
 from pathalign.trainers.base import RunFolder, accelerator_for
 from pathalign.trainers.pretrain import denoising_loss, evenly_spread
 from pathalign.trainers.rewards import Reward, identity, load_rewards
+from pathalign.trainers.usage import Usage
 
 ADAPTER, TRAINING, SAMPLING = 0, 1, 2  # streams of random numbers
 
@@ -100,6 +101,7 @@ class AdapterTrainer(ABC, Generic[Config]):
             torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
         )
         self.unet = pipeline.unet
+        self.usage = Usage(self.unet, config, self.device)
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.real_pixel_values = real.pixel_values()
         self.inputs = {name: identity(source) for name, source in self.sources().items()}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pathalign.artefacts import write_atomically
 from pathalign.progress import say
-from pathalign.schema import InputError, peak_rss_mb
+from pathalign.schema import InputError
 
 CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 
@@ -37,11 +37,6 @@ def require_finite(loss: Tensor, step: int, learning_rate: float) -> None:
             f"The loss is {loss.item()} at step {step} with learning rate {learning_rate:g}: the run was stopped and "
             "its checkpoints are kept. Lower `learning_rate`, or use `mixed_precision: no`."
         )
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Most memory so far, in MB: of the accelerator where there is one, else of the process."""
-    return peak_rss_mb() if device.type == "cpu" else torch.accelerator.max_memory_allocated() / 2**20
 
 
 class RunFolder:

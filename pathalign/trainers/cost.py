@@ -14,69 +14,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pathalign.diffusion import lora
+from pathalign.diffusion.flops import Profile, profile, profile_unet, unet_inputs
 from pathalign.diffusion.loading import model_index, pipeline_kind
 from pathalign.diffusion.prompted import PromptPipeline
 from pathalign.images import ImageSet
 from pathalign.randomness import seeded
 from pathalign.settings.adapter import AdapterConfig
+from pathalign.trainers.gpus import GPUS
 from pathalign.trainers.work import Work, work_of
 
 SHARE_OF_PEAK = (0.15, 0.20)  # what convolutional UNets reach of a GPU's peak at small batches; an assumption
 LARGEST_MEASURED_GFLOPS = {"cpu": 100.0}  # of one forward pass: beyond it a measurement on a CPU takes minutes
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU's memory in GB and its peak in TFLOPS without sparsity, as its datasheet has it."""
-
-    name: str
-    memory_gb: int
-    fp32_tflops: float
-    half_tflops: float  # fp16 and bf16, on tensor cores
-    source: str
-    has_bf16: bool = True
-
-    def peak_tflops(self, mixed_precision: str) -> float | None:
-        """Peak in a precision; None if the GPU lacks it."""
-        if mixed_precision == "no":
-            return self.fp32_tflops
-        return self.half_tflops if self.has_bf16 or mixed_precision == "fp16" else None
-
-
-GPUS = (
-    Gpu("T4", 16, 8.1, 65, "NVIDIA T4 datasheet, 2019", has_bf16=False),
-    Gpu("A10G", 24, 35, 70, "NVIDIA A10G datasheet for AWS, 2022"),
-    Gpu("L4", 24, 30.3, 121, "NVIDIA L4 datasheet, 2023 (242 with sparsity)"),
-    Gpu("A100", 80, 19.5, 312, "NVIDIA A100 80GB SXM datasheet, 2021"),
-    Gpu("H100", 80, 67, 989, "NVIDIA H100 SXM datasheet, 2023 (1,979 with sparsity)"),
-)
-
-
-@dataclass(frozen=True)
-class Profile:
-    """One image through a network.
-
-    Attributes:
-        parameters: Of the network, without adapter.
-        forward_flops: Of a forward pass.
-        backward_flops: Of a forward and a backward pass.
-        saved_bytes: What a forward pass keeps for the backward pass in float32, parameters aside.
-    """
-
-    parameters: int
-    forward_flops: int
-    backward_flops: int
-    saved_bytes: int
 
 
 @dataclass(frozen=True)
@@ -200,10 +154,9 @@ def profile_base(config: AdapterConfig) -> BaseProfile:
     unet = new_unet(config, "meta")
     parameters = sum(parameter.numel() for parameter in unet.parameters())
     attach(unet, config)
-    inputs = unet_inputs(unet, 1)
-    counted = profile(lambda: unet(**inputs).sample, unet, parameters)
+    counted = profile_unet(unet, parameters)
     adapter = sum(parameter.numel() for parameter in lora.parameters(unet).values())
-    shape = tuple(inputs["sample"].shape[1:])
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     if pipeline_kind(config.base_model, config.base_revision) is not PromptPipeline:
         return BaseProfile(counted, adapter, shape)
     vae = new_network(AutoencoderKL, config, "vae", "meta").requires_grad_(False)
@@ -249,67 +202,6 @@ def new_unet(config: AdapterConfig, device: str | torch.device) -> UNet2DConditi
 def attach(unet: UNet2DConditionModel, config: AdapterConfig) -> None:
     """Attach the adapter that the run would train."""
     lora.attach(unet, config.lora_rank, config.lora_alpha, config.lora_convolutions, seeded(config.seed))
-
-
-def unet_inputs(unet: UNet2DConditionModel, count: int) -> dict[str, Any]:
-    """Inputs of the UNet for `count` images, on its device."""
-    settings, device = unet.config, unet.device
-    inputs: dict[str, Any] = {
-        "sample": torch.zeros(count, settings.in_channels, settings.sample_size, settings.sample_size, device=device),
-        "timestep": torch.zeros(count, dtype=torch.int64, device=device),
-        "encoder_hidden_states": None,
-    }
-    if settings.num_class_embeds is not None:
-        return {**inputs, "class_labels": torch.zeros(count, dtype=torch.int64, device=device)}
-    tokens = 77  # of CLIP
-    return {**inputs, "encoder_hidden_states": torch.zeros(count, tokens, settings.cross_attention_dim, device=device)}
-
-
-class SavedTensors(TorchFunctionMode):
-    """Sizes of what is kept for the backward pass while it is on, the parameters of a network aside.
-
-    Attention counts as kernels that keep its inputs and output only: the meta device falls back on one that keeps its
-    probabilities, which no training on a GPU does.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.parameters = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-        self.kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no storage gets the place of another
-        self.inside_attention = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        self.inside_attention = True
-        output = func(*args, **(kwargs or {}))
-        self.inside_attention = False
-        for tensor in (*args[:3], output):
-            self.note(tensor)
-        return output
-
-    def note(self, tensor: Tensor) -> Tensor:
-        """Count a tensor's storage, once."""
-        place = tensor.untyped_storage()._cdata
-        if place not in self.parameters and not self.inside_attention:
-            self.kept[place] = tensor
-        return tensor
-
-    @property
-    def total_bytes(self) -> int:
-        """Their sum."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.kept.values())
-
-
-def profile(run: Callable[[], Tensor], network: nn.Module, parameters: int) -> Profile:
-    """Count a forward and a backward pass of `run`, which asks `network` for one image."""
-    saved = SavedTensors(network)
-    with FlopCounterMode(display=False) as forward, saved, saved_tensors_hooks(saved.note, lambda tensor: tensor):
-        output = run()
-    with FlopCounterMode(display=False) as backward:
-        output.sum().backward()
-    flops = forward.get_total_flops()
-    return Profile(parameters, flops, flops + backward.get_total_flops(), saved.total_bytes)
 
 
 def measure(config: AdapterConfig, work: Work, profile: BaseProfile) -> Measured | None:

@@ -9,7 +9,6 @@ clipped ratio (arXiv:1707.06347, equation 7), group-relative advantages: GRPO (a
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -32,7 +31,7 @@ from pathalign.schema import InputError, RunRecord
 from pathalign.settings.ddpo import DDPOConfig
 from pathalign.trainers.adapter import SAMPLING, TRAINING, load_inputs
 from pathalign.trainers.advantages import RunningStatistics, group_advantages
-from pathalign.trainers.base import peak_memory_mb, require_finite
+from pathalign.trainers.base import require_finite
 from pathalign.trainers.epochs import first_seed
 from pathalign.trainers.guarded import GuardedTrainer
 from pathalign.trainers.rewards import AsynchronousRewards, Reward
@@ -137,8 +136,7 @@ class DDPOTrainer(GuardedTrainer[DDPOConfig]):
         Raises:
             InputError: If a reward cannot be had or is no number, all are equal at the start, or the loss is no number.
         """
-        started = time.monotonic()
-        self.denoiser.forwards = self.denoiser.backwards = 0
+        self.usage.start()
         rate = self.config.learning_rate * min(1.0, (number + 1) / (self.config.warmup_steps + 1))
         self.set_rate(rate)
         batch = self.collect(number)
@@ -155,8 +153,7 @@ class DDPOTrainer(GuardedTrainer[DDPOConfig]):
             **by_class,
             **figures,
             "learning_rate": rate,
-            "images_per_second": len(batch.rewards) / (time.monotonic() - started),
-            "memory_mb": peak_memory_mb(self.device),
+            **self.usage.figures(len(batch.rewards)),
         }
 
     def collect(self, number: int) -> Batch:
@@ -313,17 +310,14 @@ class DDPOTrainer(GuardedTrainer[DDPOConfig]):
         with self.accelerator.autocast():
             loss = self.real_loss(generator)
         self.accelerator.backward(self.config.beta * loss)
-        self.denoiser.forwards += self.config.real_batch_size
-        self.denoiser.backwards += self.config.real_batch_size
         return loss.detach()[None]
 
     def summary(self, figures: Mapping[str, list[Tensor]]) -> dict[str, float]:
-        """Means and largest values over the steps of all processes, and how many images went through the UNet."""
+        """Means and largest values over the steps of all processes."""
         own = {name: torch.cat(values).tolist() for name, values in figures.items() if values}
-        calls = self.denoiser.forwards, self.denoiser.backwards
-        parts = gather_object([(own, calls)])
+        parts = gather_object([own])
         pooled = {
-            name: torch.tensor([value for part, _ in parts for value in part.get(name, [])])
+            name: torch.tensor([value for part in parts for value in part.get(name, [])])
             for name in ("loss", "real_loss", "kl", "ratio", "sampling_error")
         }
         deviation = (pooled["ratio"] - 1).abs()
@@ -336,8 +330,6 @@ class DDPOTrainer(GuardedTrainer[DDPOConfig]):
             "ratio_deviation": float(deviation.max()),
             "clip_share": float((deviation > self.config.clip_range).float().mean()),
             "sampling_error": float(pooled["sampling_error"].max()),
-            "unet_forward_images": sum(forward for _, (forward, _) in parts),
-            "unet_backward_images": sum(backward for _, (_, backward) in parts),
         }
 
     def extra_state(self) -> dict[str, Any]:

@@ -133,6 +133,7 @@ class DPOTrainer(GuardedTrainer[DPOConfig]):
     def epoch(self, number: int) -> dict[str, float]:
         """Choose pairs, go through them `passes` times, one optimizer step a batch."""
         config = self.config
+        self.usage.start()
         pairs, chosen, rewards = self.collect(number)
         margins: list[float] = []
         steps = []
@@ -162,6 +163,7 @@ class DPOTrainer(GuardedTrainer[DPOConfig]):
             "reward": float(rewards.mean()),
             "gradient_norm": norm,
             "learning_rate": rate,
+            **self.usage.figures(2 * len(found)),
         }
 
     def collect(self, number: int) -> tuple[Pairs, Tensor, Tensor]:

@@ -10,7 +10,6 @@ images of the trained steps, the real term, and images turned and moved at rando
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pathalign.artefacts import artefact
 from pathalign.augment import random_orientations, random_shifts
@@ -32,7 +32,7 @@ from pathalign.randomness import seeded
 from pathalign.schema import RunRecord
 from pathalign.settings.draft import DraftConfig
 from pathalign.trainers.adapter import TRAINING, load_inputs
-from pathalign.trainers.base import cosine_rate, peak_memory_mb, require_finite
+from pathalign.trainers.base import cosine_rate, require_finite
 from pathalign.trainers.epochs import class_balanced_weights, first_seed, micro_batches
 from pathalign.trainers.guarded import GuardedTrainer
 from pathalign.trainers.rewards import Reward
@@ -75,11 +75,13 @@ def visible(decoded: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a micro-batch gave: a scalar loss with its graph, and of each image the mean reward and the KL-like term."""
+    """What a micro-batch gave: a scalar loss with its graph, and of each image the mean reward and, if asked for, the
+    KL-like term.
+    """
 
     loss: Tensor
     rewards: Tensor
-    distances: Tensor
+    distances: Tensor | None
 
 
 def align(config: DraftConfig, output_dir: str | Path) -> RunRecord:
@@ -122,13 +124,13 @@ class DraftTrainer(GuardedTrainer[DraftConfig]):
 
     def epoch(self, number: int) -> dict[str, float]:
         """Draw each class's images batch by batch, one optimizer step a batch."""
-        config, started = self.config, time.monotonic()
-        self.denoise.forwards = self.denoise.backwards = 0
+        config = self.config
+        self.usage.start()
         names = self.pipeline.class_names
         class_ids = torch.arange(len(names)).repeat(config.images_per_class)
         first = first_seed(config.seed, config.epochs, number)
         batches = torch.arange(len(class_ids)).split(config.batch_size)
-        rows: list[tuple[int, float, float]] = []
+        rows: list[tuple[int, float, float | None]] = []
         steps = []
         for index, batch in enumerate(batches):
             step = number * len(batches) + index
@@ -139,27 +141,25 @@ class DraftTrainer(GuardedTrainer[DraftConfig]):
             steps.append((loss, real, self.update(), rate))
         rows = gather_object(rows)
         rewards = torch.tensor([reward for _, reward, _ in rows])
+        distances = [distance for _, _, distance in rows if distance is not None]
         seen_ids = torch.tensor([class_id for class_id, _, _ in rows])
         self.mean_rewards = [*self.mean_rewards[:number], float(rewards.mean())]
         loss, real, norm, rate = (sum(column) / len(steps) for column in zip(*steps, strict=True))
         return {
-            "loss": self.total_of(loss),
+            "loss": float(sum(gather_object([loss]))),
             "real_loss": real,
-            "kl": sum(distance for _, _, distance in rows) / len(rows),
+            "kl": sum(distances) / len(distances),
             "gradient_norm": norm,
             "learning_rate": rate,
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std(correction=0)),
             **{f"reward_{name}": float(rewards[seen_ids == index].mean()) for index, name in enumerate(names)},
-            "unet_forwards": self.total_of(self.denoise.forwards),
-            "unet_backwards": self.total_of(self.denoise.backwards),
-            "images_per_s": len(rows) / (time.monotonic() - started),
-            "peak_memory_mb": peak_memory_mb(self.device),
+            **self.usage.figures(len(rows)),
         }
 
     def gather_gradients(
         self, class_ids: Tensor, batch: Tensor, first: int, step: int, rate: float
-    ) -> tuple[list[tuple[int, float, float]], float, float]:
+    ) -> tuple[list[tuple[int, float, float | None]], float, float]:
         """Add up the gradients of one batch, this process's part of it.
 
         Args:
@@ -170,20 +170,23 @@ class DraftTrainer(GuardedTrainer[DraftConfig]):
             rate: Learning rate, for the message if the loss is no number.
 
         Returns:
-            Class id, reward and KL-like term of each image; this process's share of the loss; the real loss in it.
+            Class id, reward and KL-like term of each image (without `kl_weight` that of the epoch's first micro-batch
+            only: it costs a pass of the UNet); this process's share of the loss; the real loss in it.
         """
         accelerator = self.accelerator
         weights = torch.zeros(len(class_ids))
         weights[batch] = class_balanced_weights(class_ids[batch])
-        seen, share = [], 0.0
+        seen: list[tuple[int, float, float | None]] = []
+        share = 0.0
         process = (accelerator.process_index, accelerator.num_processes)
         for part in micro_batches(batch, self.config.micro_batch_size, process):
-            outcome = self.outcome(class_ids[part], weights[part], [first + row for row in part.tolist()])
+            measured = self.config.kl_weight > 0 or (int(batch[0]) == 0 and not seen)
+            outcome = self.outcome(class_ids[part], weights[part], [first + row for row in part.tolist()], measured)
             require_finite(outcome.loss, step, rate)
             accelerator.backward(outcome.loss * accelerator.num_processes)
             share += outcome.loss.item()
-            columns = (class_ids[part], outcome.rewards, outcome.distances)
-            seen += list(zip(*(column.tolist() for column in columns), strict=True))
+            distances = [None] * len(part) if outcome.distances is None else outcome.distances.tolist()
+            seen += list(zip(class_ids[part].tolist(), outcome.rewards.tolist(), distances, strict=True))
         real = 0.0
         if self.config.beta > 0:
             with accelerator.autocast():
@@ -194,13 +197,14 @@ class DraftTrainer(GuardedTrainer[DraftConfig]):
             share += loss.item() / accelerator.num_processes
         return seen, share, real
 
-    def outcome(self, class_ids: Tensor, weights: Tensor, seeds: list[int]) -> Outcome:
+    def outcome(self, class_ids: Tensor, weights: Tensor, seeds: list[int], measured: bool) -> Outcome:
         """Draw images and score them, with the graph of the trained steps.
 
         Args:
             class_ids: Shape `(n,)`.
             weights: Shape `(n,)`, of each image in the loss.
             seeds: One for each image: its noise, its repetitions and its views depend on nothing else.
+            measured: Whether to ask the base model how far the adapter has gone.
 
         Raises:
             InputError: If a reward is not finite.
@@ -213,14 +217,21 @@ class DraftTrainer(GuardedTrainer[DraftConfig]):
         for _ in range(config.lv_samples if config.variant == "lv" else 0):
             draws.append(renoised(self.denoise, self.training_schedule, draws[0], class_ids, generators))
         rewards = torch.stack([self.rewards(self.view(draw.sample, generators), class_ids) for draw in draws])
-        distances = self.distances(draws, class_ids)
-        gains = objective_of(rewards, config.objective).mean(dim=0)
-        loss = (weights * (config.kl_weight * distances - gains)).sum()
-        return Outcome(loss, rewards.detach().mean(dim=0), distances.detach())
+        losses = -objective_of(rewards, config.objective).mean(dim=0)
+        distances = self.distances(draws, class_ids) if measured else None
+        if distances is not None and config.kl_weight > 0:
+            losses = losses + config.kl_weight * distances
+        return Outcome(
+            (weights * losses).sum(), rewards.detach().mean(dim=0), None if distances is None else distances.detach()
+        )
 
     def view(self, sample: Tensor, generators: list[torch.Generator]) -> Tensor:
         """What the reward model sees of a sample: `visible` pixels, each image turned and moved at random."""
-        pixel_values = visible(self.conditioning.decode(sample))
+        decode = self.conditioning.decode
+        if self.config.gradient_checkpointing:
+            pixel_values = visible(checkpoint(decode, sample, use_reentrant=False))
+        else:
+            pixel_values = visible(decode(sample))
         if not self.config.augment:
             return pixel_values
         images = zip(pixel_values.split(1), generators, strict=True)
@@ -238,10 +249,6 @@ class DraftTrainer(GuardedTrainer[DraftConfig]):
                 for call in calls
             ]
         return torch.stack(found).mean(dim=0)
-
-    def total_of(self, share: float) -> float:
-        """Sum over the processes."""
-        return float(sum(gather_object([share])))
 
     def extra_state(self) -> dict[str, Any]:
         """All else follows from the seed and the epoch."""

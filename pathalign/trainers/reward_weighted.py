@@ -89,6 +89,7 @@ class RewardWeightedTrainer(AdapterTrainer[RewardWeightedConfig]):
     def step(self, number: int) -> dict[str, float]:
         """One optimizer step on synthetic and real images; the first of a round draws the images."""
         config = self.config
+        self.usage.start()
         round_number = number // config.steps_per_round
         if number % config.steps_per_round == 0:
             self.batch = self.begin_round(round_number)
@@ -112,6 +113,7 @@ class RewardWeightedTrainer(AdapterTrainer[RewardWeightedConfig]):
             "gradient_norm": norm,
             "learning_rate": rate,
             "mean_reward": float(self.batch.rewards.mean()),
+            **self.usage.figures(config.batch_size),
         }
 
     def begin_round(self, number: int) -> Batch:

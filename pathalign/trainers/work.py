@@ -119,15 +119,18 @@ def draft(config: DraftConfig, classes: int) -> Work:
     backward = trained + followed
     again = backward if config.gradient_checkpointing else 0
     updates = -(-images // config.batch_size)
-    micro_batch = min(config.micro_batch_size, config.batch_size)
+    micro_batch = min(config.micro_batch_size, config.batch_size, images)
+    # Of each trained step, but those that are followed: of all images, or to log the distance of the first ones.
+    references = trained * (images if config.kl_weight > 0 else micro_batch) - followed * images
     alive = 1 if config.gradient_checkpointing else backward
     return Work(
-        forward=config.epochs * images * passed * (config.inference_steps + repeats - followed + again),
+        forward=config.epochs * passed * (images * (config.inference_steps - config.train_steps + again) + references),
         backward=config.epochs * (images * passed * backward + updates * real_images(config)),
+        decoded=config.epochs * images * (1 + repeats) if config.gradient_checkpointing else 0,
         decoded_backward=config.epochs * images * (1 + repeats),
         encoded=config.epochs * updates * real_images(config),
         graph=max(alive * passed * micro_batch, real_images(config)),
-        decoded_graph=micro_batch * (1 + repeats),
+        decoded_graph=micro_batch * (1 if config.gradient_checkpointing else 1 + repeats),
     )
 
 
