@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from brightness import Brightness
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from tiny_stable_diffusion import IMAGE_SIZE_PX, SCALING_FACTOR, SHIFT_FACTOR, save_tiny_stable_diffusion
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from pathalign.config import ConfigError
 from pathalign.diffusion import lora
 from pathalign.diffusion.conditioning import ClassConditioning, PromptConditioning, conditioning_for
-from pathalign.diffusion.loading import load_base
+from pathalign.diffusion.loading import image_size_px, load_base
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
 from pathalign.diffusion.prompted import PromptPipeline
 from pathalign.generate import generate, load_pipeline, sample
@@ -137,7 +137,7 @@ def test_a_template_without_the_class_is_refused():
 
 
 def test_latents_and_pixels_follow_the_vae_with_its_scale_and_shift(pipeline, conditioning):
-    assert conditioning.sample_shape == (4, 8, 8) and conditioning.image_size_px == IMAGE_SIZE_PX
+    assert conditioning.sample_shape == (4, 8, 8) and image_size_px(pipeline) == IMAGE_SIZE_PX
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(3, 3, IMAGE_SIZE_PX, IMAGE_SIZE_PX, generator=generator) * 2 - 1
     latents = conditioning.encode(pixels)
@@ -180,7 +180,9 @@ def test_labels_and_seeds_give_the_images_that_diffusers_gives_for_the_prompts(f
         pipeline(["green"])
 
 
-def aligned(method: Any, folder: Path, output_dir: Path, monkeypatch) -> tuple[Any, dict[str, Tensor], Any]:
+def aligned(
+    method: Any, folder: Path, output_dir: Path, monkeypatch, **options: Any
+) -> tuple[Any, dict[str, Tensor], Any]:
     """Run a method; returns its record, the weights before it and the trained pipeline."""
     config_class = load(method.settings)
     module = import_module(method.entry.partition(":")[0])
@@ -195,7 +197,7 @@ def aligned(method: Any, folder: Path, output_dir: Path, monkeypatch) -> tuple[A
     # So few steps may well do harm: they shall be kept all the same.
     monkeypatch.setattr(RewardWeightedTrainer, "did_harm", lambda *_: False)
     inputs = {"base_model": str(folder / "sd"), "data": str(folder / "data"), "reward_model": "brightness"}
-    config = config_class(**SMALL, **OWN[method.name], **inputs, learning_rate=1e-2)
+    config = config_class(**SMALL, **OWN[method.name], **inputs, learning_rate=1e-2, **options)
     record = module.align(config, output_dir)
     ((before, pipeline),) = seen
     return record, before, pipeline
@@ -224,6 +226,25 @@ def test_every_method_changes_the_adapter_only_and_diffusers_loads_it(
     card = ModelCard.load(tmp_path / "adapter" / "README.md")
     assert card.data.pipeline_tag == "text-to-image" and {"stable-diffusion", method.name} <= set(card.data.tags)
     assert PROMPTS[0] in card.text
+
+
+def test_draft_learns_the_same_when_activations_of_unet_and_vae_are_computed_again(
+    folder, brightness, tmp_path, monkeypatch
+):
+    method = next(method for method in METHODS if method.name == "draft")
+    calls: list[bool] = []
+    decode = AutoencoderKL.decode
+
+    def counted(self: AutoencoderKL, *args: Any, **named: Any) -> Any:
+        calls.append(checkpointing)
+        return decode(self, *args, **named)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", counted)
+    for checkpointing in (False, True):
+        aligned(method, folder, tmp_path / str(checkpointing), monkeypatch, gradient_checkpointing=checkpointing)
+    weights = [(tmp_path / str(checkpointing) / lora.WEIGHTS_NAME).read_bytes() for checkpointing in (False, True)]
+    assert weights[0] == weights[1]
+    assert calls.count(True) - calls.count(False) == 2 * 2  # epochs, batches of each
 
 
 def images_of_base(pipeline: PromptPipeline) -> Tensor:
