@@ -233,10 +233,18 @@ def test_demo_prints_one_json_object_with_cost_and_metrics(fake_execute, tmp_pat
     assert fake_execute["jobs"]["base"].seed == 4
 
 
+def test_demo_aligns_by_the_method_that_is_named(fake_execute, tmp_path):
+    result = invoke("demo", "--method", "draft", "--output-dir", str(tmp_path / "demo"))
+    assert result.exit_code == 0, result.stderr
+    assert fake_execute["jobs"]["adapter"].method == "draft"
+    assert fake_execute["jobs"]["adapter"].held_out_reward_model == str(tmp_path / "demo" / "held_out_reward")
+
+
 def test_demo_without_arguments_uses_the_phantom_and_ends_with_the_table(fake_execute, tmp_path):
     result = invoke("demo", "--minutes", "1", "--output-dir", str(tmp_path / "demo"))
     assert result.exit_code == 0, result.stderr
     assert fake_execute["jobs"]["data"].source == "phantom"
+    assert fake_execute["jobs"]["adapter"].method == "reward-weighted"
     assert result.stdout.startswith("plausible 0.8\n")
     assert "report.html" in result.stdout and "Never for diagnosis" in result.stdout
 
