@@ -13,6 +13,7 @@ from pathalign.settings.adapter import GuardedConfig
 class DDPOConfig(GuardedConfig):
     """Finetune LoRA adapters by policy gradient: denoising steps are actions, the final image is rewarded."""
 
+    epochs: int = option(100, "Times that the policy acts, is scored and is updated.", minimum=1)
     images_per_class: int = option(20, "Images of each class drawn in an epoch, all devices together.", minimum=2)
     inference_steps: int = option(10, "Denoising steps of these images (DDIM).", minimum=2)
     eta: float = option(
