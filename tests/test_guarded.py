@@ -27,7 +27,14 @@ from pathalign.schema import InputError, RunRecord
 from pathalign.settings.adapter import GuardedConfig
 from pathalign.settings.pretrain import PretrainConfig
 from pathalign.trainers import epochs, guarded
-from pathalign.trainers.guarded import FIRST_CHECK_SEED, Check, GuardedTrainer, reward_hacked, significantly_below
+from pathalign.trainers.guarded import (
+    FIRST_CHECK_SEED,
+    Check,
+    GuardedTrainer,
+    best_of,
+    reward_hacked,
+    significantly_below,
+)
 from pathalign.trainers.pretrain import new_pipeline
 
 CLASSES = ("a", "b", "c")
@@ -209,7 +216,7 @@ def test_a_fall_within_the_noise_of_the_images_stops_nothing(run):
     run.models["held_out"] = Scripted(
         run.clock, [0.5, 0.7, *[0.7 - 2 * error] * 4], dict.fromkeys(range(2, 6), 0.1 * noise)
     )
-    record = run()
+    record = run(on_reward_hacking="continue")
     assert (record.metrics["reward_hacking"], record.metrics["stopped_at"]) == (False, None)
     assert record.metrics["kept_epoch"] == 5 and run.epochs_kept() == pytest.approx(5, abs=1e-3)
     strict = run("strict", check_standard_errors=1.5)
@@ -221,6 +228,28 @@ def test_a_fall_of_both_rewards_is_no_hacking_but_the_best_check_still_wins_at_t
     record = run()
     assert (record.metrics["reward_hacking"], record.metrics["stopped_at"]) == (False, None)
     assert record.metrics["kept_epoch"] == 2 and run.epochs_kept() == pytest.approx(2, abs=1e-3)
+
+
+def test_of_checks_that_do_not_clearly_differ_the_earliest_is_the_best():
+    noise = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    noise = (noise - noise.mean()) / noise.std() * 50**0.5 / 100  # a standard error of 0.01
+    flat = torch.zeros(50)
+    levels = [0.0, 0.02, 0.025, 0.028, 0.055, 0.02]
+    checks = [Check(epoch, flat, held_out=level + epoch * noise) for epoch, level in enumerate(levels)]
+    # Two checks differ by as many standard errors of 0.01 as epochs lie between them.
+    assert [best_of(checks[: count + 1]).epoch for count in range(6)] == [0, 1, 1, 1, 4, 4]
+
+
+@pytest.mark.parametrize(("patience", "stopped_at"), [(2, 4), (3, None), (0, None)])
+def test_a_run_whose_held_out_reward_rises_no_more_is_ended_and_the_best_adapter_kept(
+    run, capsys, patience, stopped_at
+):
+    run.models["held_out"].means = [0.5, 0.6, 0.7, 0.7, 0.7, 0.7]
+    record = run(patience=patience)
+    assert (record.metrics["reward_hacking"], record.metrics["stopped_at"]) == (False, stopped_at)
+    assert record.metrics["kept_epoch"] == 2 and run.epochs_kept() == pytest.approx(2, abs=1e-3)
+    said = "has not clearly risen since epoch 2: the run ends here" in capsys.readouterr().err
+    assert said == (stopped_at is not None)
 
 
 def test_without_a_held_out_model_the_reward_is_logged_and_the_run_says_that_nothing_guards_it(run, capsys):

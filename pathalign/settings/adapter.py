@@ -96,9 +96,13 @@ class GuardedConfig(AdapterConfig):
         "A reward has turned when its mean over the same seeds lies this many standard errors below its best check.",
         minimum=0.0,
     )
+    patience: int = option(
+        4, "Checks in a row without a clearly better held-out reward after which the run ends; 0 is all.", minimum=0
+    )
     on_reward_hacking: Literal["rollback", "stop", "continue"] = option(
         "rollback",
-        "When the held-out reward turns: go back to the best check and end there, end as it is, or only log it.",
+        "When the held-out reward turns, or rises no more: end, and keep the earliest adapter that no later check "
+        "clearly beats; end, and keep the last one; or only log it.",
     )
 
     def problems(self) -> list[str]:

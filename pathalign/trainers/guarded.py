@@ -2,6 +2,7 @@
 
 Every few epochs the averaged adapter draws images of the same seeds. A reward model that nothing is trained on scores
 them too: when its mean turns while the trained reward does not, the policy has learned the reward model's mistakes.
+Often it only stops rising while images get worse: kept is the earliest adapter that no later check clearly beats.
 
 Source: over-optimization of a proxy reward, measured by one that is held out, arXiv:2210.10760.
 """
@@ -41,6 +42,7 @@ Guarded = TypeVar("Guarded", bound=GuardedConfig)
 # Below the seeds of reward-weighted rounds, and above those of candidates and of measured images of runs with seeds
 # below 2,000: what a check sees is neither trained on nor measured.
 FIRST_CHECK_SEED = 2**31 - 2**20
+CLEARLY_BETTER = 1.0  # standard errors
 SHEET_COLUMNS = 12
 UNGUARDED = "No `held_out_reward_model`: nothing guards this run against reward hacking, only the reward is watched."
 
@@ -68,8 +70,13 @@ class Check:
 
 
 def best_of(checks: Sequence[Check]) -> Check:
-    """The check of the highest mean held-out reward, the first of equals."""
-    return max(checks, key=lambda check: check.figures()["held_out_reward"])
+    """The first check, until a later one's held-out reward is clearly better, and so on: of equals the earliest."""
+    best = checks[0]
+    for check in checks[1:]:
+        assert check.held_out is not None and best.held_out is not None
+        if significantly_below(best.held_out, check.held_out, CLEARLY_BETTER):
+            best = check
+    return best
 
 
 def significantly_below(values: Tensor, reference: Tensor, standard_errors: float) -> bool:
@@ -189,7 +196,7 @@ class GuardedTrainer(AdapterTrainer[Guarded]):
         return {f"check_{name}": value for name, value in check.figures().items()}
 
     def guard(self, check: Check) -> None:
-        """Keep the weights of the best check; at reward hacking end the run, if that is wanted."""
+        """Keep the weights of the best check; at reward hacking, or when nothing gets better, end the run."""
         best = best_of(self.checks)
         if check is best:
             self.best_weights = [weights.clone() for weights in self.average]
@@ -201,8 +208,16 @@ class GuardedTrainer(AdapterTrainer[Guarded]):
                 f"{then['reward']:.3f} to {now['reward']:.3f}."
             )
             self.reward_hacking = True
-            if self.config.on_reward_hacking != "continue":
-                self.stopped_at = check.epoch
+            self.stop(check)
+        elif 0 < self.config.patience <= len(self.checks) - 1 - self.checks.index(best):
+            self.stop(check)
+            if self.stopped_at is not None:
+                say(f"The held-out reward has not clearly risen since epoch {best.epoch}: the run ends here.")
+
+    def stop(self, check: Check) -> None:
+        """End the run after this check, if it may be ended and there is more to come."""
+        if self.config.on_reward_hacking != "continue" and check.epoch < self.total:
+            self.stopped_at = check.epoch
 
     def observe(self, epoch: int) -> tuple[Tensor, Check]:
         """Images of the fixed seeds, shape `(classes * check_images_per_class, 3, size, size)`, and what is said."""
@@ -267,19 +282,15 @@ class GuardedTrainer(AdapterTrainer[Guarded]):
         self.best_weights, self.reward_hacking = state["best_weights"], state["reward_hacking"]
 
     def metrics(self) -> dict[str, Any]:
-        """The checks and what came of them; with `rollback` the best check's weights win over a last that is worse."""
-        last = self.checks[-1]
-        kept = last
+        """The checks and what came of them; with `rollback` the best check's weights are those that are kept."""
+        kept = self.checks[-1]
         if self.held_out is not None and self.config.on_reward_hacking == "rollback":
-            best = best_of(self.checks)
-            assert last.held_out is not None and best.held_out is not None
-            if significantly_below(last.held_out, best.held_out, self.config.check_standard_errors):
-                say(f"The held-out reward was best after epoch {best.epoch}: the adapter of then is kept.")
-                self.use(self.best_weights)
-                kept = best
+            kept = best_of(self.checks)
+            say(f"The held-out reward was best after epoch {kept.epoch}: the adapter of then is kept.")
+            self.use(self.best_weights)
         return {
             "checks": [{"epoch": check.epoch, **check.figures()} for check in self.checks],
-            "n_check_images": len(last.rewards),
+            "n_check_images": len(kept.rewards),
             "reward_hacking": self.reward_hacking,
             "stopped_at": self.stopped_at,
             "kept_epoch": kept.epoch,
