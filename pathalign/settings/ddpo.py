@@ -13,16 +13,18 @@ from pathalign.settings.adapter import GuardedConfig
 class DDPOConfig(GuardedConfig):
     """Finetune LoRA adapters by policy gradient: denoising steps are actions, the final image is rewarded."""
 
-    epochs: int = option(100, "Times that the policy acts, is scored and is updated.", minimum=1)
+    epochs: int = option(40, "Times that the policy acts, is scored and is updated.", minimum=1)
     images_per_class: int = option(20, "Images of each class drawn in an epoch, all devices together.", minimum=2)
-    inference_steps: int = option(10, "Denoising steps of these images (DDIM).", minimum=2)
+    inference_steps: int = option(
+        20, "Denoising steps of these images (DDIM); too few, and the policy learns to mend what they spoil.", minimum=2
+    )
     eta: float = option(
-        1.0, "Noise that DDIM adds at each step: 1 is as much as DDPM, 0 leaves nothing to learn from.", maximum=1.0
+        0.7, "Noise that DDIM adds at each step: 1 is as much as DDPM, 0 leaves nothing to learn from.", maximum=1.0
     )
     guidance_scale: float = option(
         1.0, "Classifier-free guidance; 1 is none, anything else doubles the UNet's work.", minimum=0.0
     )
-    train_steps: int = option(2, "Denoising steps of each image that are trained on; 0 is all.", minimum=0)
+    train_steps: int = option(4, "Denoising steps of each image that are trained on; 0 is all.", minimum=0)
     train_step_choice: Literal["random", "first", "window"] = option(
         "random",
         "Which steps these are: drawn for each image, the noisiest, or a window that moves on by one each epoch.",
