@@ -56,7 +56,7 @@ class DDPOConfig(GuardedConfig):
     batch_size: int = option(50, "Images in an optimizer step at most, all devices together.", minimum=1)
     micro_batch_size: int = option(25, "Denoising steps that go through the UNet at once in training.", minimum=1)
     kl_weight: float = option(
-        0.0,
+        0.06,
         "Weight of the divergence from the base model, mean over pixels; above 0 it costs a further forward pass.",
         minimum=0.0,
     )
@@ -104,9 +104,4 @@ class GRPOConfig(DDPOConfig):
 
     baseline: Literal["class", "group"] = option(
         "group", "Rewards are standardized within their group, or by running statistics of their class (DDPO)."
-    )
-    kl_weight: float = option(
-        0.04,
-        "Weight of the divergence from the base model, mean over pixels; above 0 it costs a further forward pass.",
-        minimum=0.0,
     )
