@@ -31,6 +31,8 @@ from pathalign.trainers.ddpo import DDPOTrainer, align, even_parts, policy_loss,
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMALL = {
+    "train_steps": 2,
+    "kl_weight": 0.0,
     "epochs": 2,
     "images_per_class": 4,
     "inference_steps": 4,
@@ -408,7 +410,7 @@ def test_the_same_call_after_an_interruption_ends_as_a_straight_run(
 
 def test_problems_of_settings_are_named_together():
     with pytest.raises(ConfigError) as raised:
-        GRPOConfig(eta=0, estimator="score_function", inner_epochs=2, group_size=3, train_steps=10)
+        GRPOConfig(eta=0, estimator="score_function", inner_epochs=2, group_size=3, train_steps=20)
     assert [text.split("`")[1] for text in raised.value.problems] == [
         "eta",
         "inner_epochs",

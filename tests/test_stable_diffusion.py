@@ -44,8 +44,8 @@ SMALL: dict[str, Any] = {
 WATCHED = {"epochs": 2, "check_images_per_class": 2, "check_inference_steps": 2}
 OWN: dict[str, dict[str, Any]] = {  # two units of each method
     "reward-weighted": {"rounds": 1, "steps_per_round": 2},
-    "ddpo": {**WATCHED, "guidance_scale": 2.0, "micro_batch_size": 4},
-    "grpo": {**WATCHED, "group_size": 2},
+    "ddpo": {**WATCHED, "train_steps": 2, "guidance_scale": 2.0, "micro_batch_size": 4},
+    "grpo": {**WATCHED, "train_steps": 2, "group_size": 2},
     "draft": {**WATCHED, "guidance_scale": 2.0},
     "dpo": {**WATCHED, "passes": 1},
 }
