@@ -138,9 +138,10 @@ def test_an_image_that_has_left_the_study_is_refused_without_blocking_the_others
     reply = service.submit("grader-1", [answer(item, f"g{number}") for number, item in enumerate(items)])
     assert len(reply["recorded"]) > 10
     assert len(reply["refused"]) > 10
-    assert {entry["reason"] for entry in reply["refused"]} == {
-        "This image is no longer part of the study; load the page again."
-    }
+    shown = {f"g{number}": item["item_id"] for number, item in enumerate(items)}
+    for entry in reply["refused"]:
+        item_id = shown[entry["grade_id"]]
+        assert entry["reason"] == f"The item '{item_id}' is no longer part of the study; load the page again."
     service.close()
 
 
@@ -202,9 +203,10 @@ def test_one_bad_row_does_not_block_the_others(service):
     reply = service.submit("grader-1", rows)
     assert reply["recorded"] == ["good", "also-good"]
     assert [entry["grade_id"] for entry in reply["refused"]] == ["bad", None, "foreign", "nothing", "choice"]
-    assert "must be one of plausible" in reply["refused"][0]["reason"]
-    assert "never handed out to you" in reply["refused"][2]["reason"]
-    assert "cannot be answered in mode pairwise" in reply["refused"][4]["reason"]
+    reasons = [entry["reason"] for entry in reply["refused"]]
+    assert reasons[0].startswith("The verdict is 'excellent'; it must be one of plausible")
+    assert reasons[2] == f"The item '{foreign['item_id']}' was never handed out to you; load the page again."
+    assert reasons[4].endswith("was handed out in mode single; it cannot be answered in mode pairwise.")
 
 
 def test_an_id_that_somebody_else_used_is_refused(service):
@@ -213,7 +215,7 @@ def test_an_id_that_somebody_else_used_is_refused(service):
     service.opening("grader-1", {"session_id": "s1"})
     for taken in ("g1", "s1"):
         reply = service.submit("grader-2", [answer(yours, taken)])
-        assert reply["recorded"] == [] and "has this id already" in reply["refused"][0]["reason"]
+        assert reply["recorded"] == [] and f"has the id '{taken}' already" in reply["refused"][0]["reason"]
     assert service.submit("grader-2", [answer(yours, "g2")])["recorded"] == ["g2"]
 
 
@@ -226,7 +228,8 @@ def test_a_correction_is_a_new_row_that_names_the_old_one(service):
     assert reply["recorded"] == ["g1", "g2", "g3"] and reply["progress"]["done"] == 2
     for other in ("g2", "unknown"):
         refused = service.submit("grader-1", [answer(first, "g4", supersedes=other)])["refused"]
-        assert "earlier answer of yours to the same item" in refused[0]["reason"]
+        wanted = "it must name an earlier answer of yours to the same item."
+        assert refused[0]["reason"] == f"`supersedes` is '{other}'; {wanted}"
     standing = current_grades(service.results_inputs().grades)
     assert {grade.grade_id for grade in standing.grades} == {"g2", "g3"}
     assert [item["answer"]["grade_id"] for item in service.history("grader-1")["items"]] == ["g2", "g3"]
@@ -312,29 +315,36 @@ def test_a_grid_stores_one_row_an_image(service):
     assert len({row["image_id"] for row in service.outbox.rows("grade")}) == len(rows)
 
 
-def test_nothing_that_a_browser_gets_tells_kinds_repeats_or_image_ids(tmp_path):
+@pytest.mark.parametrize("mode", ["single", "grid", "pairwise"])
+def test_nothing_that_a_browser_gets_tells_kinds_repeats_or_image_ids(tmp_path, mode):
     study = make_study(tmp_path, count=200, repeat_share=0.2, real_control_share=0.2)
     service = serve(tmp_path, study)
-    received, totals = [service.opening("grader-1", {})], set()
-    for number in range(150):
-        found = service.next_items("grader-1", "single", 1)
+    received, totals, shown = [service.opening("grader-1", {})], set(), []
+    verdict, keys = ("left", ("left", "right")) if mode == "pairwise" else ("plausible", ("image",))
+    while len(shown) < 150:
+        found = service.next_items("grader-1", mode, 1)
         totals.add(found["progress"]["total"])
-        (item,) = found["items"]
-        received += [found, service.submit("grader-1", [answer(item, f"g{number}", session="s")])]
-    received += [service.history("grader-1", 200), service.next_items("grader-1", "pairwise", 5)]
+        rows = [answer(item, item["item_id"], verdict, mode, session="s") for item in found["items"]]
+        shown += found["items"]
+        received += [found, service.submit("grader-1", rows)]
+    assert received[-1]["refused"] == []
+    received.append(service.history("grader-1", 200))
     text = json.dumps(received)
     inputs = service.results_inputs()
     kinds = Counter(inputs.images[grade.image_id]["kind"] for grade in inputs.grades)
-    assert kinds["real control"] > 15 and len(inputs.repeats) > 15
+    if mode == "pairwise":
+        assert len(inputs.preferences) == 150
+    else:
+        assert kinds["real control"] > 15 and len(inputs.repeats) > 15
     assert not [image_id for image_id in inputs.images if image_id in text]
     for word in ("synthetic", "control", "repeat", "seed", "reward", "kind", "uncertainty", str(tmp_path)):
         assert f'"{word}' not in text
     assert len(totals) == 1
-    shown = [reply["items"][0] for reply in received[1:] if "done" in reply and "left" not in reply["items"][0]]
-    assert len({item["item_id"] for item in shown}) == len({item["image"] for item in shown}) == 150
-    assert len({len(item["image"]) for item in shown}) == 1
-    assert {frozenset(item) for item in shown} == {frozenset({"item_id", "class_label", "image"})}
-    assert {len(url) for urls in received[0]["references"].values() for url in urls} == {len(shown[0]["image"])}
+    urls = [item[key] for item in shown for key in keys]
+    assert len({item["item_id"] for item in shown}) == len(shown) and len(set(urls)) == len(urls)
+    assert len({len(url) for url in urls}) == 1
+    assert {frozenset(item) for item in shown} == {frozenset({"item_id", "class_label", *keys})}
+    assert {len(url) for urls in received[0]["references"].values() for url in urls} == {len(shown[0][keys[0]])}
     service.close()
 
 
@@ -394,11 +404,11 @@ def test_at_the_end_the_service_says_so(service):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (("singel", 1, []), "Did you mean 'single'"),
+        (("singel", 1, []), "`mode` is 'singel'; it must be one of single, grid, pairwise"),
         (("single", 0, []), "`count` is 0"),
         (("single", "3", []), "`count` is '3'"),
-        (("single", 1, "item"), "`exclude` must be a list"),
-        (("single", 1, [{}]), "`exclude` must be a list"),
+        (("single", 1, "item"), "`exclude` has 'item'; it must be a list of ids"),
+        (("single", 1, ["a", {}]), r"`exclude` has \[{}\]; it must be a list of ids"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(service, arguments, text):
@@ -408,10 +418,10 @@ def test_a_request_that_makes_no_sense_is_refused(service, arguments, text):
 
 def test_a_mode_that_the_study_does_not_offer_is_refused(tmp_path):
     service = serve(tmp_path, make_study(tmp_path, modes=["grid"]))
-    with pytest.raises(InputError, match="no mode 'single'"):
+    with pytest.raises(InputError, match="`mode` is 'single'; it must be one of grid"):
         service.next_items("grader-1", "single", 1)
     (item, *_) = service.next_items("grader-1", "grid", 1)["items"]
-    assert "must be one of grid" in service.submit("grader-1", [answer(item, "g")])["refused"][0]["reason"]
+    assert "it must be one of grid" in service.submit("grader-1", [answer(item, "g")])["refused"][0]["reason"]
     service.close()
 
 

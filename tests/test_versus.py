@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import threading
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import pytest
 import torch
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
+from test_access import hub_session
 from test_results import space_module
 
 from pathalign.diffusion import lora
@@ -177,6 +183,80 @@ def test_a_pair_of_equal_images_is_not_asked_about(pool, outbox):
     ids = list(pool.image_ids)
     ids[1] = ids[0]
     assert len(Votes(replace(pool, image_ids=tuple(ids)), outbox, b"s").pairs) == 5
+
+
+def on_a_space(monkeypatch, tmp_path, pool, *arguments: str) -> tuple[Any, dict[str, Any]]:
+    """The ballot as a Space opens it, and what the page calls by name: `show` and `vote`."""
+    app = space_module("compare/app")
+    monkeypatch.setattr(app, "ON_SPACE", True)
+    monkeypatch.setattr(app.gr, "LoginButton", lambda: None)  # off a Space it would ask for a Hub account
+    monkeypatch.setenv("PATHALIGN_STUDY_SECRET", "sixteen letters!")
+    options = app.read_options(["--votes", str(tmp_path / "votes"), *arguments])
+    comparison = SimpleNamespace(pool=lambda pairs_per_class: pool, class_names=pool.class_names)
+    ballot = app.open_ballot(options, comparison)
+    page = app.build_page(comparison, ballot)
+    return ballot, {call.fn.__name__: call.fn for call in page.fns.values()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "allowed"),
+    [
+        ([], {"ada", "Bea", "zoe"}),
+        (["--voters", "Ada, Bea"], {"ada", "Bea"}),
+        (["--voters", "Ada", "--organization", "Lab"], {"ada", "zoe"}),
+        (["--organization", "Lab"], {"zoe"}),
+    ],
+)
+def test_on_a_space_those_vote_who_are_listed_and_without_a_list_all_who_sign_in(
+    monkeypatch, tmp_path, pool, arguments, allowed
+):
+    ballot, calls = on_a_space(monkeypatch, tmp_path, pool, *arguments)
+    for name in ("ada", "Bea", "zoe", None):
+        session = hub_session(name, ("lab",) if name == "zoe" else ()) if name else {}
+        request = SimpleNamespace(session=session, session_hash="s")
+        shown, showing = calls["show"](request)
+        assert (showing is not None) == (name in allowed), name
+        reason = "Sign in to vote" if name is None else f"{name} is not on the list of those who may vote here"
+        assert (reason in shown) == (name not in allowed)
+        before = len(ballot.votes.outbox.rows("preference"))
+        handed_out = replace(ballot.votes.next_showing("grader-1"), shown_at=0)
+        calls["vote"](handed_out, request)
+        assert len(ballot.votes.outbox.rows("preference")) - before == (name in allowed), name
+    ballot.votes.outbox.close()
+
+
+def test_a_list_of_voters_that_names_nobody_does_not_let_everybody_in(capsys):
+    with pytest.raises(SystemExit):
+        space_module("compare/app").read_options(["--voters", " , "])
+    assert "' , ' names nobody" in capsys.readouterr().err
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+def test_a_foreign_origin_gets_403_on_every_mutating_call_and_nobody_is_kept_from_looking():
+    app = space_module("compare/app")
+    page = app.build_page(None, problem="no models")
+    page.launch = partial(page.launch, _frontend=False)
+    app.launch(page, "127.0.0.1", free_port(), block=False)
+    try:
+        with httpx.Client(base_url=page.local_url) as client:
+            own = page.local_url.rstrip("/")
+            for path in ("/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/upload"):
+                assert client.post(path, json={}, headers={"origin": own}).status_code != 403
+                for origin in ("http://evil.example", "null", "http://127.0.0.1:9", f"{own}.evil.example"):
+                    reply = client.post(path, json={}, headers={"origin": origin})
+                    assert (reply.status_code, reply.json()["error"][:16]) == (403, "Another web site"), path
+                marked = client.post(path, json={}, headers={"sec-fetch-site": "cross-site"})
+                assert marked.status_code == 403
+            assert client.get("/config", headers={"origin": "http://evil.example"}).status_code == 200
+            pointed = client.get("/config", headers={"host": "evil.example"})
+            assert pointed.status_code == 403
+            assert "does not answer to the name 'evil.example', only to 127.0.0.1" in pointed.json()["error"]
+    finally:
+        page.close()
 
 
 def test_the_space_pins_what_was_tested_and_says_what_it_is_not_for():

@@ -190,7 +190,8 @@ class Access:
     Attributes:
         door: How people prove who they are.
         secret: Of the study; makes the pseudonyms.
-        graders: Names of those who may grade; None for everyone who is invited and is no owner.
+        graders: Names of those who may grade; None, without an organization, for everyone who is invited or signs in
+            and is no owner.
         owners: Names of those who may see the results.
         organization: Hub organization whose members may all grade, if any.
         pseudonyms: Those that the study gives itself, by name.
@@ -215,12 +216,12 @@ class Access:
             return None
         single, owner = self.door.kind == "single", _listed(claim.name, self.owners)
         member = bool(self.organization) and str(self.organization).casefold() in claim.organizations
-        invited = self.door.kind == "invite" and self.graders is None and not owner
+        anyone = self.graders is None and not self.organization and not owner
         given = {name.casefold(): pseudonym for name, pseudonym in self.pseudonyms.items()}
         return Visitor(
             name=claim.name,
             pseudonym=given.get(claim.name.casefold()) or pseudonym_of(claim.name, self.secret),
-            is_grader=single or member or invited or _listed(claim.name, self.graders or ()),
+            is_grader=single or member or anyone or _listed(claim.name, self.graders or ()),
             is_owner=single or owner,
         )
 
@@ -235,7 +236,7 @@ class Access:
                 f"Nobody is invited yet ({self.door.invites.path} is not there). Invite each grader with "
                 "`pathalign grade invite STUDY.yaml NAME`, or grade alone with `--single-user`."
             )
-        if self.door.kind == "hub" and not (self.graders or self.organization):
+        if self.door.kind == "hub" and self.graders is not None and not (self.graders or self.organization):
             return (
                 "The study names no `graders` and no `organization`, so that nobody could come in. "
                 "List the Hugging Face names of the graders, or an organization, in the study's YAML file."

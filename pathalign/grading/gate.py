@@ -2,11 +2,13 @@
 
 Everything is refused that is not named here: other paths, other sites, strangers, requests too large to be a grade. The
 application behind it finds the visitor in `scope["state"]["visitor"]`; nothing that a browser sends can change that.
+`SameSite` is the part of it that keeps other sites out, for a page that everybody may open.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,24 +52,61 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True)
-class Gate:
-    """ASGI middleware; see the module.
+class SameSite:
+    """ASGI middleware: another web site may send nothing to this page, and gets 403.
 
     Attributes:
         app: What it stands before.
-        access: Who may do what.
         hosts: Names under which this server is reached, without port. Others are refused, so that no web site can
             point a name of its own at it. None if a proxy sees to that.
         origins: Names of this page's own site as browsers see it; None for the name that the request came to.
+    """
+
+    app: App
+    hosts: Collection[str] | None = LOCAL_HOSTS
+    origins: Collection[str] | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it with 403."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        try:
+            if scope["type"] == "http":
+                self._check_origin(scope["method"], _headers(scope))
+        except RefusedError as refusal:
+            await _answer(send, refusal.status, json.dumps({"error": refusal.reason}), "application/json")
+            return
+        await self.app(scope, receive, send)
+
+    def _check_origin(self, method: str, headers: Mapping[str, str]) -> None:
+        host = headers.get("host", "").casefold()
+        if self.hosts is not None and _without_port(host) not in {name.casefold() for name in self.hosts}:
+            raise RefusedError(
+                403,
+                f"This server does not answer to the name {host!r}, only to {', '.join(self.hosts)}; "
+                "`pathalign grade serve` takes another one with `--allow-host`.",
+            )
+        if method in SAFE_METHODS:
+            return
+        own = {host} if self.origins is None else {name.casefold() for name in self.origins}
+        foreign = "origin" in headers and headers["origin"].partition("://")[2].casefold() not in own
+        if foreign or headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+            raise RefusedError(403, "Another web site may not send anything to this page.")
+
+
+@dataclass(frozen=True)
+class Gate(SameSite):
+    """ASGI middleware; see the module.
+
+    Attributes besides those of `SameSite`:
+        access: Who may do what.
         frames: Sites that may show the page in a frame, as in a Content-Security-Policy.
         door_page: HTML for strangers who open the page, given the reason.
         limit_bytes: The largest request.
     """
 
-    app: App
-    access: Access
-    hosts: Collection[str] | None = LOCAL_HOSTS
-    origins: Collection[str] | None = None
+    access: Access = field(kw_only=True)
     frames: str = "'none'"
     door_page: Callable[[int, str], str] = field(default=lambda status, reason: reason)
     limit_bytes: int = LIMIT_BYTES
@@ -80,7 +119,7 @@ class Gate:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        headers = {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        headers = _headers(scope)
         try:
             scope.setdefault("state", {})["visitor"] = self._check(scope, headers)
             body = await self._body(receive) if scope["method"] not in SAFE_METHODS else receive
@@ -125,17 +164,6 @@ class Gate:
 
         return replay
 
-    def _check_origin(self, method: str, headers: Mapping[str, str]) -> None:
-        host = headers.get("host", "").casefold()
-        if self.hosts is not None and _without_port(host) not in {name.casefold() for name in self.hosts}:
-            raise RefusedError(403, f"This server does not answer to the name {host!r}; give it with `--allow-host`.")
-        if method in SAFE_METHODS:
-            return
-        own = {host} if self.origins is None else {name.casefold() for name in self.origins}
-        foreign = "origin" in headers and headers["origin"].partition("://")[2].casefold() not in own
-        if foreign or headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-            raise RefusedError(403, "Another web site may not send anything to this page.")
-
     def _with_headers(self, scope: Scope, send: Send) -> Send:
         cacheable = _matches(scope["path"], ("/assets/", "/static/", "/svelte/", "/favicon.ico"))
 
@@ -157,11 +185,23 @@ class Gate:
             body, kind = self.door_page(refusal.status, refusal.reason), "text/html; charset=utf-8"
         else:
             body, kind = json.dumps({"error": refusal.reason}), "application/json"
-        content = body.encode()
-        start = [(b"content-type", kind.encode()), (b"content-length", str(len(content)).encode())]
-        wrapped = self._with_headers(scope, send)
-        await wrapped({"type": "http.response.start", "status": refusal.status, "headers": start})
-        await wrapped({"type": "http.response.body", "body": content})
+        await _answer(self._with_headers(scope, send), refusal.status, body, kind)
+
+
+def space_names() -> tuple[str, ...]:
+    """Names under which browsers see the Space that this runs on, for `origins`."""
+    return tuple(name.strip() for name in os.environ.get("SPACE_HOST", "").split(",") if name.strip())
+
+
+async def _answer(send: Send, status: int, body: str, kind: str) -> None:
+    content = body.encode()
+    start = [(b"content-type", kind.encode()), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": start})
+    await send({"type": "http.response.body", "body": content})
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {key.decode("latin-1").lower(): value.decode("latin-1") for key, value in scope["headers"]}
 
 
 def _uncompressed(scope: Scope) -> Scope:

@@ -27,14 +27,13 @@ from pathalign.grading.outbox import Outbox
 from pathalign.grading.pictures import Pictures
 from pathalign.grading.sinks import SinkError
 from pathalign.grading.study import Study, study_secret
-from pathalign.grading.submissions import RowError, check_row, is_identifier, kept_row, session_row
+from pathalign.grading.submissions import RowError, as_sent, check_row, is_identifier, kept_row, session_row
 from pathalign.progress import say
-from pathalign.schema import DRAWN_BY, Grade, InputError, Preference, unknown_name
+from pathalign.schema import DRAWN_BY, Grade, InputError, Preference
 
 MOST_AT_ONCE = 60  # items in one reply
 MOST_HISTORY = 200
 APP_VERSION = version("pathalign")
-TAKEN = "Another row has this id already; send yours with a new one."
 
 
 @dataclass(frozen=True)
@@ -129,11 +128,9 @@ class GradingService:
             InputError: If the study does not offer the mode, or `count` or `exclude` is of a wrong kind.
         """
         if mode not in self.study.modes:
-            raise InputError(unknown_name("mode", str(mode), self.study.modes))
-        if not isinstance(count, int) or count < 1:
-            raise InputError(f"`count` is {count!r}; ask for 1 item or more.")
-        if not isinstance(exclude, list | tuple) or not all(map(is_identifier, exclude)):
-            raise InputError("`exclude` must be a list of item ids.")
+            raise InputError(f"`mode` is {as_sent(mode)}; it must be one of {', '.join(self.study.modes)}.")
+        _check_count(count)
+        _check_ids("exclude", exclude)
         showings, done = self.assignments.lease(grader, mode, min(count, MOST_AT_ONCE), set(exclude))
         items = [self._item(grader, showing) for showing in showings]
         return {"items": items, "progress": self.progress(grader, mode, done), "done": done}
@@ -156,7 +153,7 @@ class GradingService:
             InputError: If `rows` is no list, or the disk cannot be written to; then none was recorded.
         """
         if not isinstance(rows, list | tuple):
-            raise InputError("`rows` must be a list of grades.")
+            raise InputError(f"`rows` is {as_sent(rows)}; it must be a list of grades.")
         refused = []
         accepted: dict[str, tuple[Answer, Showing]] = {}
         known: list[str] = []
@@ -173,7 +170,9 @@ class GradingService:
                     refused.append({"grade_id": grade_id if is_identifier(grade_id) else None, "reason": str(error)})
             recorded = set(self.outbox.record([_as_kept(answer) for answer, _ in accepted.values()]))
             self.answers.add([found for grade_id, found in accepted.items() if grade_id in recorded])
-        refused += [{"grade_id": grade_id, "reason": TAKEN} for grade_id in accepted if grade_id not in recorded]
+        refused += [
+            {"grade_id": grade_id, "reason": _taken(grade_id)} for grade_id in accepted if grade_id not in recorded
+        ]
         echoed = list(dict.fromkeys([*known, *(grade_id for grade_id in accepted if grade_id in recorded)]))
         mode = rows[-1].get("mode") if rows and isinstance(rows[-1], Mapping) else None
         return {
@@ -192,8 +191,7 @@ class GradingService:
         Raises:
             InputError: If `grade_ids` is no list of ids.
         """
-        if not isinstance(grade_ids, list | tuple) or not all(map(is_identifier, grade_ids)):
-            raise InputError("`grade_ids` must be a list of ids.")
+        _check_ids("grade_ids", grade_ids)
         own = self.answers.own(grader, grade_ids)
         return {"saved": self._saved(own), "unknown": sorted({*grade_ids} - {*own})}
 
@@ -206,8 +204,7 @@ class GradingService:
         Raises:
             InputError: If `count` is no positive number.
         """
-        if not isinstance(count, int) or count < 1:
-            raise InputError(f"`count` is {count!r}; ask for 1 item or more.")
+        _check_count(count)
         latest = self.answers.latest(grader, min(count, MOST_HISTORY))
         return {
             "items": [
@@ -301,15 +298,16 @@ class GradingService:
             return accepted[answer_id]
         if known := self.answers.find(answer_id):
             if known.grader != grader:
-                raise RowError(TAKEN)
+                raise RowError(_taken(answer_id))
             return None
         showing = self.assignments.locate(grader, row["item_id"])
         if showing is None:
-            raise RowError("This item was never handed out to you; load the page again.")
+            raise RowError(f"The item {row['item_id']!r} was never handed out to you; load the page again.")
         if showing.unit not in self.assignments.sorts:
-            raise RowError("This image is no longer part of the study; load the page again.")
+            raise RowError(f"The item {row['item_id']!r} is no longer part of the study; load the page again.")
         if (row["mode"] == PAIRWISE) != (showing.mode == PAIRWISE):
-            raise RowError(f"This item cannot be answered in mode {row['mode']}.")
+            given = f"The item {row['item_id']!r} was handed out in mode {showing.mode}"
+            raise RowError(f"{given}; it cannot be answered in mode {row['mode']}.")
         own = [answer for answer, _ in accepted.values() if answer.item_id == showing.item_id]
         if row["supersedes"] is not None:
             old = (
@@ -318,7 +316,8 @@ class GradingService:
                 else self.answers.find(row["supersedes"])
             )
             if old is None or (old.grader, old.item_id) != (grader, showing.item_id):
-                raise RowError("`supersedes` must name an earlier answer of yours to the same item.")
+                given = f"`supersedes` is {row['supersedes']!r}"
+                raise RowError(f"{given}; it must name an earlier answer of yours to the same item.")
         standing = own[-1] if own else self.answers.standing(showing.item_id)
         about = {
             "grader": grader,
@@ -343,6 +342,21 @@ class GradingService:
     def _now(self) -> str:
         now = datetime.fromtimestamp(self.clock(), UTC)
         return now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _check_count(count: Any) -> None:
+    if not isinstance(count, int) or count < 1:
+        raise InputError(f"`count` is {as_sent(count)}; ask for 1 item or more.")
+
+
+def _check_ids(name: str, ids: Any) -> None:
+    wrong = [value for value in ids if not is_identifier(value)] if isinstance(ids, list | tuple) else ids
+    if wrong or not isinstance(ids, list | tuple):
+        raise InputError(f"`{name}` has {as_sent(wrong)}; it must be a list of ids.")
+
+
+def _taken(row_id: str) -> str:
+    return f"Another row has the id {row_id!r} already; send yours with a new one."
 
 
 def _as_kept(answer: Answer) -> tuple[str, str, Mapping[str, Any]]:

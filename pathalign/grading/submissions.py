@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ TIMES = ("active_ms", "idle_ms", "hidden_ms")
 SHARED_KEYS = ("grade_id", "item_id", "mode", "supersedes", "session", *TIMES)
 GRADE_KEYS = (*SHARED_KEYS, "verdict", "failed_criteria", "subtype", "confidence", "comment")
 CHOICE_KEYS = (*SHARED_KEYS, "choice")
+LONGEST_ECHO = 80  # characters of an input in a message
+_ECHO = reprlib.Repr()  # looks at no more than it shows
+_ECHO.maxstring = _ECHO.maxlong = _ECHO.maxother = LONGEST_ECHO
 
 
 class RowError(ValueError):
@@ -38,25 +42,27 @@ def check_row(row: Any, modes: Sequence[str], criteria: Sequence[str], reason_fo
         RowError: If anything in it cannot be used.
     """
     if not isinstance(row, Mapping):
-        raise RowError("A grade must be an object with named values.")
+        raise RowError(f"A grade must be an object with named values, not {as_sent(row)}.")
     for key in ("grade_id", "item_id"):
         if not is_identifier(row.get(key)):
-            raise RowError(f"`{key}` must be 1 to 64 letters, digits or any of . : _ -")
+            raise RowError(f"`{key}` is {as_sent(row.get(key))}; it must be 1 to 64 letters, digits or any of . : _ -")
     if row.get("mode") not in modes:
-        raise RowError(f"`mode` must be one of {', '.join(modes)}.")
+        raise RowError(f"`mode` is {as_sent(row.get('mode'))}; it must be one of {', '.join(modes)}.")
     keys = CHOICE_KEYS if row["mode"] == PAIRWISE else GRADE_KEYS
-    if unknown := sorted(ascii(key)[:40] for key in set(row) - set(keys) if row[key] not in (None, "", [])):
-        raise RowError(f"There is no place for {', '.join(unknown[:5])} in mode {row['mode']}.")
+    if unknown := sorted(str(key) for key in set(row) - set(keys) if row[key] not in (None, "", [])):
+        raise RowError(f"There is no place for {as_sent(unknown)} in mode {row['mode']}, only for {', '.join(keys)}.")
     for key in ("supersedes", "session"):
         if row.get(key) is not None and not is_identifier(row[key]):
-            raise RowError(f"`{key}` must be the id of an earlier grade or of the session, or left out.")
+            what = "an earlier grade" if key == "supersedes" else "the session"
+            raise RowError(f"`{key}` is {as_sent(row[key])}; it must be the id of {what}, or left out.")
     for key in TIMES:
         if row.get(key) is not None and not _is_whole(row[key]):
-            raise RowError(f"`{key}` must be a whole number of milliseconds, 0 or more.")
+            wanted = f"a whole number of milliseconds from 0 to {LONGEST_TIME_MS}"
+            raise RowError(f"`{key}` is {as_sent(row[key])}; it must be {wanted}.")
     checked = {key: row.get(key) for key in keys}
     if row["mode"] == PAIRWISE:
         if row.get("choice") not in CHOICES:
-            raise RowError(f"The choice must be one of {', '.join(CHOICES)}.")
+            raise RowError(f"The choice is {as_sent(row.get('choice'))}; it must be one of {', '.join(CHOICES)}.")
         return checked
     reasons = () if row["mode"] == "grid" else reason_for  # a grid of images has no room for them
     return {**checked, **_judgement(row, criteria, reasons)}
@@ -66,13 +72,14 @@ def _judgement(row: Mapping[str, Any], criteria: Sequence[str], reason_for: Sequ
     """Verdict and reasons."""
     verdict, failed, confidence = row.get("verdict"), row.get("failed_criteria") or [], row.get("confidence")
     if verdict not in VERDICTS:
-        raise RowError(f"The verdict must be one of {', '.join(VERDICTS)}.")
-    if not isinstance(failed, list) or any(name not in criteria for name in failed):
-        raise RowError(f"Failed criteria must be a list of names of this checklist: {', '.join(criteria)}.")
-    if confidence is not None and (isinstance(confidence, bool) or not isinstance(confidence, int | float)):
-        raise RowError("The confidence must be a number from 0 to 1.")
-    if confidence is not None and not 0 <= confidence <= 1:
-        raise RowError("The confidence must be from 0 to 1.")
+        raise RowError(f"The verdict is {as_sent(verdict)}; it must be one of {', '.join(VERDICTS)}.")
+    wrong = [name for name in failed if name not in criteria] if isinstance(failed, list) else failed
+    if wrong:
+        wanted = f"a list of names of this checklist: {', '.join(criteria)}"
+        raise RowError(f"`failed_criteria` has {as_sent(wrong)}; it must be {wanted}.")
+    is_number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
+    if confidence is not None and not (is_number and 0 <= confidence <= 1):
+        raise RowError(f"The confidence is {as_sent(confidence)}; it must be a number from 0 to 1.")
     comment = _text(row.get("comment"), "comment", LONGEST_COMMENT)
     if verdict in reason_for and not failed and comment is None:
         raise RowError(f"The verdict {verdict} needs a reason: mark a criterion that fails, or write a comment.")
@@ -117,7 +124,7 @@ def _text(value: Any, what: str, longest: int) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise RowError(f"The {what} must be text.")
+        raise RowError(f"The {what} is {as_sent(value)}; it must be text.")
     if len(value) > longest:
         raise RowError(f"The {what} has {len(value)} characters; it may have {longest}.")
     return _clean(value)
@@ -130,6 +137,15 @@ def _shortened(value: Any, longest: int) -> str | None:
 def _clean(value: str) -> str | None:
     """Text that any encoding can write; what is empty or blank is nothing."""
     return value.encode("utf-8", "replace").decode().replace("\0", "").strip() or None
+
+
+def as_sent(value: Any) -> str:
+    """What a browser sent, as a message names it: at most `LONGEST_ECHO` characters, in any encoding."""
+    try:
+        text = _ECHO.repr(value)
+    except ValueError:
+        text = "a number of thousands of digits"  # Python does not spell it out
+    return text if len(text) <= LONGEST_ECHO else f"{text[: LONGEST_ECHO - 3]}..."
 
 
 def is_identifier(value: Any) -> bool:

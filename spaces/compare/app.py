@@ -23,9 +23,11 @@ if os.environ.get("SPACES_ZERO_GPU"):
     import spaces  # before torch: it stands in for CUDA until a GPU is lent
 
 import gradio as gr
+from starlette.middleware import Middleware
 from torch import Tensor
 
-from pathalign.grading.access import LOCAL_NAME, HubDoor, pseudonym_of
+from pathalign.grading.access import Access, Door, HubDoor, SingleDoor, Visitor
+from pathalign.grading.gate import LOCAL_HOSTS, SameSite, space_names
 from pathalign.grading.outbox import Outbox, install_sigterm
 from pathalign.grading.pictures import data_url
 from pathalign.grading.sinks import open_sink
@@ -39,6 +41,16 @@ ON_SPACE = bool(os.environ.get("SPACE_ID"))
 PAIRS_SHOWN = 6
 CHOICES = {"left": "A is more plausible", "right": "B is more plausible", "tie": "Equal", "both_bad": "Both bad"}
 TITLES = {BASE: "Base", ALIGNED: "Aligned"}
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between them."""
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names nobody; write names with commas between them")
+    return found
+
+
 OPTIONS = {  # name on the command line, in capitals of a variable (not host and port) -> type, default, help
     "base_model": (str, None, "Base pipeline: a folder or Hub id."),
     "base_adapter": (str, None, "LoRA adapter on the base pipeline."),
@@ -48,6 +60,8 @@ OPTIONS = {  # name on the command line, in capitals of a variable (not host and
     "inference_steps": (int, 10, "Denoising steps of both."),
     "guidance_scale": (float, 1.0, "Classifier-free guidance of both; 1 is none."),
     "votes": (str, None, "Where blind votes go: a folder or hf://datasets/USER/REPO. Without it there is no vote."),
+    "voters": (names, None, "Who may vote on a Space: Hugging Face names with commas between them."),
+    "organization": (str, None, "Hub organization whose members may vote. With neither, anybody who signs in may."),
     "pairs_per_class": (int, 20, "Pairs of each class to vote on."),
     "state_dir": (Path, None, "Folder of votes on their way.  [default: beside the votes, with the ending .state]"),
     "host": (str, "0.0.0.0" if ON_SPACE else "127.0.0.1", "Address to listen on."),
@@ -57,11 +71,15 @@ OPTIONS = {  # name on the command line, in capitals of a variable (not host and
 
 @dataclass(frozen=True)
 class Ballot:
-    """Blind votes, and who votes."""
+    """Blind votes, and who may vote."""
 
     votes: Votes
-    voter: Callable[[gr.Request], str | None]
+    access: Access
     folder: str
+
+    def visitor(self, request: gr.Request) -> Visitor | None:
+        """Who asks; None for a stranger. Off a Space there is one voter, and no session."""
+        return self.access.visitor({}, (getattr(request, "session", None) if ON_SPACE else None) or {})
 
 
 def gpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,19 +141,21 @@ def _blind_vote(page: gr.Blocks, comparison: Comparison, ballot: Ballot) -> None
         buttons = {choice: gr.Button(text, min_width=120) for choice, text in CHOICES.items()}
 
     def show(request: gr.Request) -> tuple[str, Showing | None]:
-        voter = ballot.voter(request)
-        if voter is None:
+        visitor = ballot.visitor(request)
+        if visitor is None:
             return _wrapped("<p>Sign in to vote: a vote is kept under a pseudonym.</p>"), None
-        showing = ballot.votes.next_showing(voter)
-        done, total = ballot.votes.progress(voter)
+        if not visitor.is_grader:
+            return _wrapped(f"<p>{html.escape(visitor.name)} is not on the list of those who may vote here.</p>"), None
+        showing = ballot.votes.next_showing(visitor.pseudonym)
+        done, total = ballot.votes.progress(visitor.pseudonym)
         return showing_html(ballot.votes, showing, done, total), showing
 
     def voting(choice: str) -> Callable[..., Any]:
         def vote(showing: Showing | None, request: gr.Request) -> tuple[Any, Any]:
-            voter = ballot.voter(request)
-            if showing is None or voter is None:
+            visitor = ballot.visitor(request)
+            if showing is None or visitor is None or not visitor.is_grader:
                 return show(request)
-            if not ballot.votes.record(voter, showing, choice, str(request.session_hash)):
+            if not ballot.votes.record(visitor.pseudonym, showing, choice, str(request.session_hash)):
                 return gr.skip(), gr.skip()
             return show(request)
 
@@ -224,14 +244,9 @@ def open_ballot(options: argparse.Namespace, comparison: Comparison) -> Ballot |
     outbox = Outbox(state_dir, sink)
     outbox.restore()
     secret = study_secret(state_dir)
-
-    def voter(request: gr.Request) -> str | None:
-        if not ON_SPACE:
-            return pseudonym_of(LOCAL_NAME, secret)
-        claim = HubDoor().claim({}, getattr(request, "session", None) or {})
-        return pseudonym_of(claim.name, secret) if claim else None
-
-    return Ballot(Votes(pool, outbox, secret), voter, folder)
+    door: Door = HubDoor() if ON_SPACE else SingleDoor()
+    access = Access(door, secret, graders=options.voters, organization=options.organization)
+    return Ballot(Votes(pool, outbox, secret), access, folder)
 
 
 def open_all(options: argparse.Namespace) -> tuple[Comparison | None, Ballot | None, str]:
@@ -245,7 +260,9 @@ def open_all(options: argparse.Namespace) -> tuple[Comparison | None, Ballot | N
 
 
 def launch(page: gr.Blocks, host: str, port: int, block: bool = True) -> None:
-    """Serve the page, with the fonts of the visitor's own system."""
+    """Serve the page to its own site only, with the fonts of the visitor's own system."""
+    hosts = LOCAL_HOSTS if host in LOCAL_HOSTS and not ON_SPACE else None
+    same_site = Middleware(SameSite, hosts=hosts, origins=space_names() if ON_SPACE else None)
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page.launch(
         server_name=host,
@@ -258,6 +275,7 @@ def launch(page: gr.Blocks, host: str, port: int, block: bool = True) -> None:
         pwa=False,
         mcp_server=False,
         max_file_size=1,
+        app_kwargs={"middleware": [same_site]},
         prevent_thread_lock=not block,
     )
 

@@ -31,7 +31,7 @@ from starlette.requests import Request
 
 from pathalign.grading.access import Access, HubDoor, InviteDoor, Visitor
 from pathalign.grading.example import CANDIDATES, make_images
-from pathalign.grading.gate import LOCAL_HOSTS, Gate
+from pathalign.grading.gate import LOCAL_HOSTS, Gate, space_names
 from pathalign.grading.outbox import Outbox, install_sigterm
 from pathalign.grading.service import GradingService
 from pathalign.grading.sinks import HUB_PREFIX, open_sink
@@ -283,9 +283,8 @@ def main() -> None:
     names = [person.name for person in study.people] or ([] if study.organization else author)
     secret = study_secret(state_dir)
     access = Access(HubDoor(), secret, names, study.owners or author, study.organization, study.pseudonyms)
-    own_names = tuple(name.strip() for name in os.environ.get("SPACE_HOST", "").split(",") if name.strip())
     frames = "https://huggingface.co https://*.huggingface.co"
-    serve(create_app(service, access, None, own_names, frames), service, "0.0.0.0", SPACE_PORT)
+    serve(create_app(service, access, None, space_names(), frames), service, "0.0.0.0", SPACE_PORT)
 
 
 if __name__ == "__main__":

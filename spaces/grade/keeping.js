@@ -13,6 +13,7 @@ const newId = () => {
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 };
 const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+const isPair = (mode) => mode === "pairwise"; // pairs are counted apart from images
 const backOff = (failures) => Math.min(LONGEST_PAUSE_MS, 500 * 2 ** failures) * (0.75 + Math.random() / 2);
 
 async function decoded(url, alt) {
@@ -74,6 +75,7 @@ function makeOutbox(grader) {
       const entry = rows.get(id);
       if (!entry || entry.recorded === recorded) continue;
       entry.recorded = recorded;
+      entry.fresh = false;
       write(entry);
     }
   }
@@ -83,7 +85,7 @@ function makeOutbox(grader) {
     kept: () => kept,
     put(row) {
       const key = `${prefix}${String(Date.now()).padStart(15, "0")}-${String(sequence++).padStart(6, "0")}-${row.grade_id}`;
-      rows.set(row.grade_id, { key, row, recorded: false });
+      rows.set(row.grade_id, { key, row, recorded: false, fresh: !row.supersedes });
       write(rows.get(row.grade_id));
     },
     markRecorded: (ids) => mark(ids, true),
@@ -103,7 +105,33 @@ function makeOutbox(grader) {
       this.remove(ids);
     },
     unsent: () => [...rows.values()].filter((entry) => !entry.recorded).map((entry) => entry.row),
+    // Rows given here that no answer to `submit_rows` has counted; of what was found in storage the server may know more.
+    fresh: (pairs) => [...rows.values()].filter((entry) => entry.fresh && isPair(entry.row.mode) === pairs).length,
     unsaved: () => [...rows.values()].filter((entry) => entry.recorded).map((entry) => entry.row.grade_id),
+  };
+}
+
+// ---------------------------------------------------------------- tally
+
+// How many are done. Answers overtake one another: an older one may come last, and one to `next_items` may count a row
+// whose own answer is still on its way. So fresh rows are added only to what the last answer to `submit_rows` counted,
+// and the highest count is kept of all others. What is shown falls only when a row was refused, or given in two tabs.
+function makeTally(outbox) {
+  const counts = {}; // by whether pairs are counted
+  return {
+    take(pairs, progress, submitted) {
+      const before = counts[pairs] ?? { settled: progress.done, newest: progress };
+      counts[pairs] = {
+        settled: submitted ? progress.done : before.settled,
+        newest: progress.done >= before.newest.done ? progress : before.newest,
+      };
+    },
+    of(pairs) {
+      if (!counts[pairs]) return null;
+      const { settled, newest } = counts[pairs];
+      const done = Math.max(newest.done, settled + outbox.fresh(pairs));
+      return { ...newest, done, today: newest.today + done - newest.done, total: Math.max(newest.total, done) };
+    },
   };
 }
 
@@ -114,7 +142,9 @@ function makeSender(call, outbox, { isAway, onReply, onRefused, onChange }) {
   let failures = 0;
   let waiting = null;
   async function send() {
-    const rows = outbox.unsent().slice(0, ROWS_AT_ONCE);
+    const unsent = outbox.unsent();
+    const pairs = isPair(unsent[0].mode); // an answer counts images or pairs
+    const rows = unsent.filter((row) => isPair(row.mode) === pairs).slice(0, ROWS_AT_ONCE);
     const reply = await call("submit_rows", { rows });
     if (!reply) return false;
     const sent = new Set(rows.map((row) => row.grade_id));
@@ -124,7 +154,7 @@ function makeSender(call, outbox, { isAway, onReply, onRefused, onChange }) {
     const refused = (reply.refused ?? []).filter((item) => sent.has(item.grade_id));
     outbox.setAside(refused.map((item) => item.grade_id));
     if (refused.length) onRefused(refused, rows);
-    onReply(reply);
+    onReply(reply, pairs, true);
     return (reply.recorded ?? []).length + refused.length > 0; // an answer about other rows is no progress
   }
   async function askSaved() {
@@ -183,7 +213,7 @@ function makeQueue(call, mode, outbox, { isAway, onFilled, onReply, onFailed }) 
     const count = state === "loading" ? 2 : AHEAD[mode] - ready.length; // the first image soon, then the others
     const reply = await call("next_items", { mode, count, exclude });
     if (!reply) return "failed";
-    onReply(reply);
+    onReply(reply, isPair(mode));
     const fresh = (reply.items ?? []).filter((item) => !seen.has(item.item_id) && !unsent.includes(item.item_id));
     if (fresh.length === 0 && skipped.size && ready.length === 0) {
       for (const id of skipped) seen.delete(id); // nothing else is left: what was skipped comes again

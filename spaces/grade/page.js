@@ -4,6 +4,7 @@
 //
 // keeping.js  call     one question to the server; `server.fn()` swallows errors, so only a proper answer counts
 //             outbox   what was graded and is not known to be saved, in localStorage: survives a closed tab
+//             tally    how many are done, of images and of pairs
 //             sender   empties the outbox, with back-off, as long as it takes
 //             queue    the next images of one way of grading, already decoded
 //             timer    active, idle and hidden time, apart
@@ -292,14 +293,13 @@ async function openSession(element) {
   };
 }
 
-function showProgress(element, progress, unsent) {
-  const fresh = unsent.filter((row) => !row.supersedes).length;
-  const done = Math.min(progress.total, progress.done + fresh);
+function showProgress(element, progress) {
+  const { done, total, today, per_hour } = progress ?? { done: 0, total: 0 };
   const bar = element.querySelector(".progress progress");
-  bar.max = Math.max(1, progress.total);
+  bar.max = Math.max(1, total);
   bar.value = done;
-  const pace = progress.per_hour && progress.today >= 10 ? ` · ${Math.round(progress.per_hour)} an hour` : "";
-  element.querySelector(".count").textContent = `${done} of ${progress.total} · ${progress.today + fresh} today${pace}`;
+  const pace = per_hour && today >= 10 ? ` · ${Math.round(per_hour)} an hour` : "";
+  element.querySelector(".count").textContent = progress ? `${done} of ${total} · ${today} today${pace}` : "";
 }
 
 function showWaiting(element, queue, server) {
@@ -348,9 +348,10 @@ async function start(element, server) {
   link.grader = opening.grader;
   keepSession({ session_id: opening.session, note: session.colour_note }); // a new one if the last was somebody else's
   const { study } = opening;
-  let progress = opening.progress;
-  let graded = progress.done > 0;
+  let graded = opening.progress.done > 0;
   const outbox = makeOutbox(opening.grader);
+  const tally = makeTally(outbox);
+  tally.take(isPair(study.modes[0]), opening.progress);
   const timer = makeTimer();
   const viewer = makeViewer(element, study.microns_per_pixel);
   const views = {
@@ -358,8 +359,8 @@ async function start(element, server) {
     grid: makeGridView(element, study, opening.references),
     pairwise: makePairView(element, study, opening.references),
   };
-  const onReply = (reply) => {
-    progress = reply.progress ?? progress;
+  const onReply = (reply, pairs, submitted = false) => {
+    if (reply.progress) tally.take(pairs, reply.progress, submitted);
     refresh();
   };
   const onRefused = (refused, rows) => {
@@ -380,7 +381,7 @@ async function start(element, server) {
     const unsent = outbox.unsent();
     graded ||= unsent.length > 0;
     status.show(link.state, unsent.length, outbox.unsaved().length, outbox.kept(), graded);
-    showProgress(element, progress, unsent);
+    showProgress(element, tally.of(isPair(mode)));
     page.dataset.ready = queue?.size() ?? 0;
     if (page.dataset.view === "loading") showWaiting(element, queue, link.state);
   };

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +15,7 @@ from playwright.sync_api import Browser, Page
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from test_results import space_module
-from test_versus import save_models
+from test_versus import free_port, save_models
 
 from pathalign.grading.exports import read_recorded
 from pathalign.images import ImageSet
@@ -57,20 +55,20 @@ class Server:
     sent: list[bytearray]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return found.getsockname()[1]
-
-
 def serve(app: ModuleType, arguments: list[str]) -> Server:
     """What `main` does, without blocking and with a record of what is sent."""
     options = app.read_options([*arguments, "--port", str(free_port())])
     comparison, ballot, problem = app.open_all(options)
     page = app.build_page(comparison, ballot, problem)
     sent: list[bytearray] = []
-    recorded = {"middleware": [Middleware(Recorder, sent=sent)]}
-    # without Gradio's look at its own page, which fails where that takes longer than 3 s
-    page.launch = partial(page.launch, app_kwargs=recorded, _frontend=False)
+    launch = page.launch
+
+    def launch_recorded(app_kwargs: dict[str, Any], **rest: Any) -> None:
+        app_kwargs["middleware"].append(Middleware(Recorder, sent=sent))
+        # without Gradio's look at its own page, which fails where that takes longer than 3 s
+        launch(app_kwargs=app_kwargs, _frontend=False, **rest)
+
+    page.launch = launch_recorded
     app.launch(page, options.host, options.port, block=False)
     return Server(f"http://{options.host}:{options.port}", page, ballot, Path(options.votes or ""), sent)
 

@@ -7,7 +7,7 @@ import json
 import math
 import struct
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from grading_site import Site, accept, chromium, make_site, settle, visit
+from grading_site import Site, chromium, make_site, settle, visit
+from playwright.sync_api import Page
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.tree import DecisionTreeClassifier
@@ -25,6 +26,11 @@ from pathalign.images import ImageSet
 pytestmark = pytest.mark.slow
 ITEMS = 240
 TELLING = "control repeat showing kind seed score reward uncertain model synthetic drawn_by".split()
+WAYS = {  # of grading -> what is in front, the key that answers it, how often
+    "single": (".single .stage img", "p", 120),
+    "grid": (".grid .tile img", "Enter", 9),
+    "pairwise": (".pairwise .side img", "ArrowLeft", 30),
+}
 SIGNIFICANT = 3.3  # standard errors: one false alarm in a thousand
 
 
@@ -56,10 +62,20 @@ def chunks(png: bytes) -> list[str]:
     return found
 
 
-def test_everything_that_a_browser_received_looks_alike_for_all_kinds_of_images(site: Site):
+def grade(page: Page, mode: str) -> None:
+    picture, key, count = WAYS[mode]
+    page.click(f".modes [data-mode={mode}]")
+    for _ in range(count):
+        page.wait_for_selector(picture)
+        before = page.get_attribute(picture, "src")
+        page.keyboard.press(key)
+        page.wait_for_function("([picture, src]) => document.querySelector(picture).src !== src", arg=[picture, before])
+
+
+@pytest.mark.parametrize("mode", WAYS)
+def test_everything_that_a_browser_received_looks_alike_for_all_kinds_of_images(site: Site, mode: str):
     received: list[tuple[str, bytes]] = []
     items: dict[str, dict[str, Any]] = {}
-    grades: dict[str, str] = {}
 
     def keep(response) -> None:
         if response.status == 200 and response.request.resource_type in ("document", "fetch", "xhr", "image"):
@@ -67,31 +83,36 @@ def test_everything_that_a_browser_received_looks_alike_for_all_kinds_of_images(
         if "component_server" in response.url and response.status == 200:
             reply = response.json()
             items.update({item["item_id"]: item for item in reply.get("items", [])})
-            asked = json.loads(response.request.post_data)["data"]
-            grades.update({row["grade_id"]: row["item_id"] for row in asked.get("rows", [])})
 
     with chromium() as browser:
         context = browser.new_context()
         context.on("response", keep)
         page = visit(context, site)
-        accept(page, 120)
+        grade(page, mode)
         settle(page, "recorded")
         page.wait_for_load_state("networkidle")
-        alts = page.evaluate("[...document.querySelectorAll('.stage img')].map(image => image.alt)")
+        alts = page.evaluate("[...document.querySelectorAll('.stage img, .tile img')].map(image => image.alt)")
         context.close()
-    kinds = {grades[grade_id]: kind for grade_id, kind in truth(site).items()}
-    counts = {kind: list(kinds.values()).count(kind) for kind in ("synthetic", "control", "repeat")}
-    assert counts["control"] >= 10
-    assert counts["repeat"] >= 10
-    assert {tuple(sorted(item)) for item in items.values()} == {("class_label", "image", "item_id")}
+    counts = Counter(truth(site).values())
+    if mode == "pairwise":  # only candidates are compared, but one of them may come in several pairs
+        assert len(site.rows("preference")) == WAYS[mode][2]
+    else:
+        assert counts["control"] >= 10
+        assert counts["repeat"] >= 10
+    assert {tuple(sorted(item)) for item in items.values()} <= {
+        ("class_label", "image", "item_id"),
+        ("class_label", "item_id", "left", "right"),
+    }
     assert {len(item["item_id"]) for item in items.values()} == {32}
     assert set(alts) == {"Image to grade"}
-    pictures = {key: base64.b64decode(item["image"].partition(",")[2]) for key, item in items.items()}
-    assert len({len(picture) for picture in pictures.values()}) == 1
-    assert {tuple(chunks(picture)) for picture in pictures.values()} == {("IHDR", "IDAT", "IEND")}
-    assert len({item["image"] for item in items.values()}) == len(items)  # a repeat has other bytes
+    urls = [item[key] for item in items.values() for key in ("image", "left", "right") if key in item]
+    pictures = [base64.b64decode(url.partition(",")[2]) for url in urls]
+    assert len({len(picture) for picture in pictures}) == 1
+    assert {tuple(chunks(picture)) for picture in pictures} == {("IHDR", "IDAT", "IEND")}
+    assert len(set(urls)) == len(urls)  # a repeat has other bytes, and so has an image in its next pair
     texts = [body.decode("utf-8", "ignore") for url, body in received]
-    ids = {row["image_id"] for row in site.rows()}
+    folders = (site.folder / "candidates", site.folder / "references")
+    ids = {image_id for folder in folders for image_id in ImageSet.load(folder).image_ids}
     assert not any(image_id in text for image_id in ids for text in texts)
     assert not any(image_id in url for image_id in ids for url, _ in received)
     for url, body in received:

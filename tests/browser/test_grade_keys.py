@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 from grading_site import SLOW_LINK, Site, accept, make_site, settle, shown, visit
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, Route
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    graders = tuple("ada bea cid dan eve fay gil hal ida jon kim lea may".split())
-    made = make_site(tmp_path_factory.mktemp("keys") / "study", graders=graders, graders_per_image=13)
+    graders = tuple("ada bea cid dan eve fay gil hal ida jon kim lea may noa ola".split())
+    made = make_site(tmp_path_factory.mktemp("keys") / "study", graders=graders, graders_per_image=15)
     yield made.start()
     made.stop()
 
@@ -46,6 +47,44 @@ def test_eight_quick_keys_over_a_slow_link_store_eight_grades_of_eight_images(op
     assert [row["verdict"] for row in rows] == ["plausible"] * 8
     assert len({row["grade_id"] for row in rows}) == 8
     assert len({row["image_id"] for row in rows}) >= 7  # a hidden repeat may be among them
+
+
+@pytest.mark.parametrize(("name", "last"), [("noa", "next_items"), ("ola", "submit_rows")])
+def test_the_count_neither_goes_back_nor_ahead_whichever_answer_comes_last(open_page, site: Site, name: str, last: str):
+    page = open_page(name)
+    accept(page, 2)
+    settle(page, "recorded")
+    held: dict[str, Route] = {}
+
+    def hold(route: Route) -> None:
+        asked = json.loads(route.request.post_data)["fn_name"]
+        if asked in held or asked not in ("next_items", "submit_rows"):
+            route.continue_()
+        else:
+            held[asked] = route
+
+    page.route("**/component_server/**", hold)
+    page.evaluate("""() => {
+        const count = document.querySelector('.count');
+        window.counts = [parseInt(count.textContent)];
+        new MutationObserver(() => window.counts.push(parseInt(count.textContent))).observe(count, { childList: true });
+    }""")
+    page.keyboard.press("p")  # five images are left: more are asked for at once
+    while len(held) < 2:
+        page.wait_for_timeout(20)
+    (first,) = held.keys() - {last}
+    early = held[last].fetch()  # the server answers this one first, but its answer arrives last
+    held[first].continue_()
+    arrived = {
+        "next_items": "Number(document.querySelector('.page').dataset.ready) >= 8",
+        "submit_rows": "document.querySelector('.status').dataset.unsent === '0'",
+    }
+    page.wait_for_function(arrived[first])
+    held[last].fulfill(response=early)
+    page.wait_for_function(arrived[last])
+    counts = page.evaluate("window.counts")
+    assert counts == sorted(counts)
+    assert {*counts} == {2, 3}
 
 
 def test_a_held_key_stores_one_grade(open_page, site: Site):
