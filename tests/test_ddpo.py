@@ -463,8 +463,8 @@ def test_two_processes_learn_what_one_does(settings, tmp_path):
         subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
     one, two = (epoch_rows(tmp_path / name) for name in ("1", "2"))
     assert [row["step"] for row in two] == [1, 2]
-    for row, other in zip(one, two, strict=True):
+    for row, other in zip(one, two, strict=True):  # the loss is a mean of terms of size 1 that cancel but for 0.5 %
         assert {name: other[name] for name in row if name not in MEASURED} == pytest.approx(
-            {name: value for name, value in row.items() if name not in MEASURED}, rel=2e-3, abs=1e-5
+            {name: value for name, value in row.items() if name not in MEASURED}, rel=2e-3, abs=5e-5
         )
     assert sum(row["unet_backwards"] for row in two) == sum(row["unet_backwards"] for row in one)
