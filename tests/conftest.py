@@ -50,6 +50,18 @@ def tiny_pipeline(tiny_images: ImageSet) -> Any:
     return pipeline
 
 
+@pytest.fixture
+def brightness(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The reward model that `align` loads, a `Brightness`; it knows the classes in another order."""
+    from brightness import Brightness
+
+    from pathalign.reward import RewardModel
+
+    model = Brightness()
+    monkeypatch.setattr(RewardModel, "from_pretrained", lambda *_: model)
+    return model
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.accelerator.is_available():
         pytest.skip("no accelerator")

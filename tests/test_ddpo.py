@@ -23,7 +23,6 @@ from pathalign.diffusion import lora
 from pathalign.generate import load_pipeline
 from pathalign.images import ImageSet
 from pathalign.randomness import seeded
-from pathalign.reward import RewardModel
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.ddpo import DDPOConfig, GRPOConfig
 from pathalign.trainers.adapter import TRAINING
@@ -42,14 +41,6 @@ SMALL = {
     "lora_rank": 2,
     "check_images_per_class": 2,
 }
-
-
-@pytest.fixture
-def brightness(monkeypatch) -> Brightness:
-    """The reward model that `align` loads; it knows the classes in another order."""
-    model = Brightness()
-    monkeypatch.setattr(RewardModel, "from_pretrained", lambda *_: model)
-    return model
 
 
 @pytest.fixture(scope="module")

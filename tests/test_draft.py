@@ -45,14 +45,6 @@ SMALL = {
 }
 
 
-@pytest.fixture
-def brightness(monkeypatch) -> Brightness:
-    """The reward model that `align` loads."""
-    model = Brightness()
-    monkeypatch.setattr(RewardModel, "from_pretrained", lambda *_: model)
-    return model
-
-
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict:
     """Settings of a small run on an untrained pipeline."""
