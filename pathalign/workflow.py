@@ -23,7 +23,7 @@ from pathalign.artefacts import fingerprint, partial_dir, write_atomically
 from pathalign.config import ConfigError, StageConfig, build, read_yaml, unknown_choice, unknown_key
 from pathalign.progress import say
 from pathalign.schema import InputError, library_versions
-from pathalign.settings.adapter import is_function
+from pathalign.settings.adapter import is_function, weighted_source
 from pathalign.stages import STAGES, Stage, Step, load, stage_names
 
 TOP_KEYS = ("output_dir", "seed", "minutes")
@@ -276,7 +276,7 @@ def _key(job: Job, contents: Mapping[str, str]) -> str:
         if folder is not None and config[name] == str(job.folder.with_name(folder)):
             config[name], inputs[name] = folder, contents[folder]
         elif isinstance(config[name], list):
-            inputs |= {f"{name} {source}": _held(source.rpartition("=")[0]) or "" for source in config[name]}
+            inputs |= {f"{name} {source}": _held(weighted_source(source)[0]) or "" for source in config[name]}
         elif (held := _held(config[name] or "")) is not None:
             inputs[name] = held
     entry = " ".join([job.stage.entry, job.stage.method]).rstrip()
@@ -288,7 +288,7 @@ def _held(source: str) -> str | None:
     path: Path | None = Path(source)
     if is_function(source):
         module = source.partition(":")[0].replace(".", "/")
-        files = (Path(folder, module + ending) for folder in ("", *sys.path) for ending in (".py", "/__init__.py"))
+        files = (Path(folder, module + ending) for folder in (*sys.path, "") for ending in (".py", "/__init__.py"))
         path = next((file for file in files if file.is_file()), None)
     return _signature(path) if source and path is not None and path.exists() else None
 

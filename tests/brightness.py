@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -55,6 +56,6 @@ def epoch_rows(folder: Path) -> list[dict]:
     return [row for row in log_rows(folder) if row["step"] > 0]
 
 
-def steady_rows(folder: Path) -> list[dict]:
-    """All lines of the log without what they cost: equal for equal runs. A run that goes on may draw images again."""
-    return [{name: value for name, value in row.items() if name not in SPENT} for row in log_rows(folder)]
+def steady_rows(folder: Path, without: Collection[str] = MEASURED) -> list[dict]:
+    """All lines of the log without what is measured: equal for equal runs."""
+    return [{name: value for name, value in row.items() if name not in without} for row in log_rows(folder)]

@@ -439,7 +439,14 @@ align(DDPOConfig(**json.loads(sys.argv[1])), sys.argv[2])
 def test_two_processes_learn_what_one_does(settings, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
-    options = {"images_per_class": 5, "inner_epochs": 2, "learning_rate": 1e-4, "kl_weight": 0.1, "beta": 0.1}
+    options = {
+        "images_per_class": 5,
+        "inner_epochs": 2,
+        "learning_rate": 1e-4,
+        "kl_weight": 0.1,
+        "beta": 0.1,
+        "eta": 1.0,  # less noise would magnify rounding in the log-probabilities
+    }
     # batches of 5 images are shared 2 and 3; the last sampling batch of each process is smaller
     environment = {
         **os.environ,
@@ -454,8 +461,8 @@ def test_two_processes_learn_what_one_does(settings, tmp_path):
         subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
     one, two = (epoch_rows(tmp_path / name) for name in ("1", "2"))
     assert [row["step"] for row in two] == [1, 2]
-    for row, other in zip(one, two, strict=True):  # the loss is a mean of terms of size 1 that cancel but for 0.5 %
+    for row, other in zip(one, two, strict=True):
         assert {name: other[name] for name in row if name not in MEASURED} == pytest.approx(
-            {name: value for name, value in row.items() if name not in MEASURED}, rel=2e-3, abs=5e-5
+            {name: value for name, value in row.items() if name not in MEASURED}, rel=2e-3, abs=1e-5
         )
     assert sum(row["unet_backwards"] for row in two) == sum(row["unet_backwards"] for row in one)

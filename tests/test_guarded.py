@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from brightness import log_rows
+from brightness import CLASSES, log_rows, small_inputs
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 from scipy.stats import ttest_rel
@@ -25,7 +25,6 @@ from pathalign.images import ImageSet, contact_sheet
 from pathalign.reward import RewardModel, RewardModelConfig
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.adapter import GuardedConfig
-from pathalign.settings.pretrain import PretrainConfig
 from pathalign.trainers import epochs, guarded
 from pathalign.trainers.guarded import (
     FIRST_CHECK_SEED,
@@ -35,9 +34,7 @@ from pathalign.trainers.guarded import (
     reward_hacked,
     significantly_below,
 )
-from pathalign.trainers.pretrain import new_pipeline
 
-CLASSES = ("a", "b", "c")
 IMAGES = 12  # of a check: four of each class
 CLIMBING = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 TURNING = [0.5, 0.6, 0.7, 0.4, 0.3, 0.2]
@@ -95,10 +92,7 @@ class Walk(GuardedTrainer[GuardedConfig]):
 def inputs(tmp_path_factory) -> Path:
     """An untrained pipeline and its images."""
     folder = tmp_path_factory.mktemp("inputs")
-    images = torch.randint(0, 256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    ImageSet.build(images, torch.arange(12) % 3, CLASSES).save(folder / "data")
-    config = PretrainConfig(block_out_channels=[8, 16], attention_levels=[1])
-    new_pipeline(config, 16, CLASSES).save_pretrained(folder / "base")
+    small_inputs(folder)
     return folder
 
 
@@ -219,6 +213,7 @@ def test_a_fall_within_the_noise_of_the_images_stops_nothing(run):
     record = run(on_reward_hacking="continue")
     assert (record.metrics["reward_hacking"], record.metrics["stopped_at"]) == (False, None)
     assert record.metrics["kept_epoch"] == 5 and run.epochs_kept() == pytest.approx(5, abs=1e-3)
+    assert run("patient", patience=0).metrics["stopped_at"] is None
     strict = run("strict", check_standard_errors=1.5)
     assert (strict.metrics["stopped_at"], strict.metrics["kept_epoch"]) == (2, 1)
 

@@ -17,6 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from pathalign.diffusion import lora
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -82,10 +84,11 @@ def profile(run: Callable[[], Tensor], network: nn.Module, parameters: int) -> P
     return Profile(parameters, flops, flops + backward.get_total_flops(), saved.total_bytes)
 
 
-def profile_unet(unet: UNet2DConditionModel, parameters: int) -> Profile:
-    """Count one image through a UNet with its adapter attached; `parameters` are those without it."""
+def profile_unet(unet: UNet2DConditionModel) -> Profile:
+    """Count one image through a UNet with its adapter attached."""
     inputs = unet_inputs(unet, 1)
-    return profile(lambda: unet(**inputs).sample, unet, parameters)
+    own = unet.num_parameters() - sum(parameter.numel() for parameter in lora.parameters(unet).values())
+    return profile(lambda: unet(**inputs).sample, unet, own)
 
 
 def unet_inputs(unet: UNet2DConditionModel, count: int) -> dict[str, Any]:

@@ -152,9 +152,8 @@ def memory(config: AdapterConfig, work: Work, profile: BaseProfile) -> dict[str,
 def profile_base(config: AdapterConfig) -> BaseProfile:
     """Count the networks of a base model with the adapter of `config`; only its configurations are read."""
     unet = new_unet(config, "meta")
-    parameters = sum(parameter.numel() for parameter in unet.parameters())
     attach(unet, config)
-    counted = profile_unet(unet, parameters)
+    counted = profile_unet(unet)
     adapter = sum(parameter.numel() for parameter in lora.parameters(unet).values())
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     if pipeline_kind(config.base_model, config.base_revision) is not PromptPipeline:

@@ -302,8 +302,7 @@ class DDPOTrainer(GuardedTrainer[DDPOConfig]):
         """Output of the base model, without adapter, for the first `count` samples."""
         if count == 0:
             return sample[:0]
-        with lora.disabled(self.unet):
-            return self.denoiser(sample[:count], timesteps[:count], class_ids[:count])
+        return self.denoiser.reference(sample[:count], timesteps[:count], class_ids[:count])
 
     def real_term(self, generator: torch.Generator) -> Tensor:
         """Gradient of the denoising loss on real images, added to the policy's; returns the loss, shape `(1,)`."""

@@ -198,6 +198,8 @@ class GuardedTrainer(AdapterTrainer[Guarded]):
     def guard(self, check: Check) -> None:
         """Keep the weights of the best check; at reward hacking, or when nothing gets better, end the run."""
         best = best_of(self.checks)
+        waited = sum(other.epoch > best.epoch for other in self.checks)
+        may_end = self.config.on_reward_hacking != "continue"
         if check is best:
             self.best_weights = [weights.clone() for weights in self.average]
         elif reward_hacked(check, best, self.config.check_standard_errors):
@@ -208,15 +210,10 @@ class GuardedTrainer(AdapterTrainer[Guarded]):
                 f"{then['reward']:.3f} to {now['reward']:.3f}."
             )
             self.reward_hacking = True
-            self.stop(check)
-        elif 0 < self.config.patience <= len(self.checks) - 1 - self.checks.index(best):
-            self.stop(check)
-            if self.stopped_at is not None:
-                say(f"The held-out reward has not clearly risen since epoch {best.epoch}: the run ends here.")
-
-    def stop(self, check: Check) -> None:
-        """End the run after this check, if it may be ended and there is more to come."""
-        if self.config.on_reward_hacking != "continue" and check.epoch < self.total:
+            if may_end:
+                self.stopped_at = check.epoch
+        elif may_end and check.epoch < self.total and 0 < self.config.patience <= waited:
+            say(f"The held-out reward has not clearly risen since epoch {best.epoch}: the run ends here.")
             self.stopped_at = check.epoch
 
     def observe(self, epoch: int) -> tuple[Tensor, Check]:

@@ -78,7 +78,7 @@ class Usage:
         with torch.device("meta"):
             twin = UNet2DConditionModel.from_config(self.unet.config)
         lora.attach(twin, config.lora_rank, config.lora_alpha, config.lora_convolutions, torch.Generator())
-        return profile_unet(twin, self.unet.num_parameters())
+        return profile_unet(twin)
 
     def _count_forward(self, unet: UNet2DConditionModel, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
         self.forwards += len(inputs[0] if inputs else named["sample"])
