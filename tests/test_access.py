@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from pathalign import phantom
 from pathalign.cli import main
-from pathalign.commands import local_access, space_app
+from pathalign.commands.serving import local_access, space_app
 from pathalign.grading import gate
 from pathalign.grading.access import Access, HubDoor, InviteDoor, Invites, SingleDoor, pseudonym_of
 from pathalign.grading.service import GradingService

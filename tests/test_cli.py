@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from pathalign import cli
 from pathalign.cli import main
+from pathalign.commands import stages
 from pathalign.schema import InputError, RunRecord
 from pathalign.stages import STAGES, stage_names
 
@@ -43,8 +44,10 @@ def fake_stage(monkeypatch):
 
     module.stage, module.calls = stage, calls
     module.summary_table = lambda metrics: f"plausible {metrics['metrics']['after']['plausible_share']}"
-    load = cli.load
-    monkeypatch.setattr(cli, "load", lambda reference: stage if not reference.endswith("Config") else load(reference))
+    load = stages.load
+    monkeypatch.setattr(
+        stages, "load", lambda reference: stage if not reference.endswith("Config") else load(reference)
+    )
     return module
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 
 from pathalign import phantom
-from pathalign.commands import space_app, spaces_dir
+from pathalign.commands.serving import space_app, spaces_dir
 from pathalign.grading import example
 from pathalign.grading.study import Study
 from pathalign.images import ImageSet

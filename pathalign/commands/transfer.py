@@ -1,17 +1,15 @@
-"""What people type to take grades out of a study and to bring others in: `pathalign grade export` and `grade import`.
-
-A module beside `cli.py`, which hangs these commands into its group and prints what they return. Heavy imports happen
-when a command runs.
-"""
+"""What people type to take grades out of a study, to bring others in, and to gather many small files in one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from pathalign.commands.printing import JSON_HELP, print_result, quiet
 from pathalign.config import ConfigError
 from pathalign.schema import DISCLAIMER, VERDICTS
 
@@ -118,3 +116,21 @@ def parse_words(pairs: Iterable[str]) -> dict[str, str]:
         wanted = f"write `--verdict 'CHOICE=VERDICT'` with one of {', '.join(VERDICTS)}."
         raise ConfigError("Choices", [f"`--verdict {pair}`: {wanted}" for pair in wrong])
     return found
+
+
+@click.command("compact", short_help="Many small files of grades to one Parquet file.")
+@click.argument("source", metavar="SINK")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Parquet file that is made or added to.")
+@click.option("--kind", type=click.Choice(["grade", "preference", "session"]), default="grade", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
+def compact_command(source: str, output: Path, kind: str, as_json: bool) -> None:
+    """Write all rows of SINK into one Parquet file; a row that was sent twice is in it once.
+
+    SINK is the folder or hf://datasets/USER/REPO where a study's grades go, or any folder with .jsonl files of grades.
+    It is not touched. Rows of an earlier file at --output stay in it.
+    """
+    with quiet():
+        from pathalign.grading.compact import compact
+
+        made = compact(source, output, kind)
+    print_result(asdict(made), as_json, f"{made.rows} rows, {made.duplicates} duplicates left out: {made.path}")

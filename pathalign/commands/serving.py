@@ -1,7 +1,4 @@
-"""What people type around a grading study: `pathalign grade serve` and `pathalign grade invite`.
-
-A module beside `cli.py`, which hangs these commands into its groups. Heavy imports happen when a command runs.
-"""
+"""What people type around a grading study: `pathalign grade serve` and `pathalign grade invite`."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ STATE_HELP = "Folder of invitations and of grades on their way.  [default: besid
 def spaces_dir() -> Path:
     """Folder of the Spaces: inside an installed wheel, else beside the package in a checkout."""
     packaged = Path(str(files("pathalign"))) / "spaces"
-    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[1] / "spaces"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "spaces"
 
 
 def space_app(name: str) -> ModuleType:
