@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def _told(changes: list[str], found: dict[str, Any], name: str, dataset: str) ->
         stage += f"; `pathalign space restart {name}` starts it"
     return (
         f"{done}\n{stage}: {found['url']}\n"
-        f"Graders open that address and sign in; their grades gather in {dataset}.\n"
+        f"Graders open {found['page'] or 'that address'} and sign in; their grades gather in {dataset}.\n"
         f"What it prints: pathalign space logs {name} --follow"
     )
 
@@ -145,8 +146,9 @@ def logs_command(name: str, build: bool, follow: bool, lines: int) -> None:
     from pathalign.hub.space import space_logs
 
     if follow:
-        for line in space_logs(_full_name(name), build, follow):
-            click.echo(line)
+        with suppress(KeyboardInterrupt):
+            for line in space_logs(_full_name(name), build, follow):
+                click.echo(line)
         return
     for line in deque(space_logs(_full_name(name), build, follow), maxlen=lines):
         click.echo(line)

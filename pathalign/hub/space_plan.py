@@ -169,21 +169,22 @@ def plan(wish: Wish) -> Plan:
     dataset = _dataset(wish, study)
     api = HfApi()
     with speaking_of(wish.space):
-        _check_owner(api, wish.space)
+        user = _check_owner(api, wish.space)
         try:
             info = api.space_info(wish.space)
         except RepositoryNotFoundError:
             info = None
+        visible = _visibility(api, info, user)
     runtime = info.runtime if info else None
     there = (runtime.requested_hardware or runtime.hardware) if runtime else None
     hardware = wish.hardware or there or FREE_HARDWARE
-    visible = _visibility(info)
     visibility = wish.visibility or visible or VISIBILITIES[0]
     files = collect_files(wish.page, wish.study, dataset, wish.package, hardware == ZERO_GPU)
-    if visibility == "public" and files.travelling:
+    shown = [*files.travelling, *(["the graders' names"] if study.people else [])]
+    if visibility == "public" and shown:
         raise InputError(
-            f"The files of a public Space are for all to read, and {', '.join(files.travelling)} would be among them, "
-            "classes and all: choose `--visibility protected`, or publish them and name the Hub dataset in the study."
+            f"The files of a public Space are for all to read, and {', '.join(shown)} would be in them: choose "
+            "`--visibility protected`, or name Hub datasets and an `organization` in the study."
         )
     new_dataset, usd_per_hour = _dataset_is_new(api, dataset), _usd_per_hour(api, hardware)
     for kind, name in files.inputs:
@@ -206,7 +207,7 @@ def plan(wish: Wish) -> Plan:
         new_space=info is None,
         new_dataset=new_dataset,
         new_visibility=info is not None and visible != visibility,
-        new_hardware=info is not None and there not in (None, hardware),
+        new_hardware=info is not None and wish.hardware is not None and wish.hardware != there,
         secrets=_secrets(api, wish, info is not None),
         variables=_variables(api, wish, info is not None),
         files=files,
@@ -223,18 +224,27 @@ def _dataset(wish: Wish, study: Study) -> str:
     return wish.dataset or sink or f"{wish.space}-grades"
 
 
-def _check_owner(api: HfApi, space: str) -> None:
+def _check_owner(api: HfApi, space: str) -> str:
+    """The user's name, who may own such a Space."""
     who = api.whoami()
     owner, mine = space.split("/")[0], [who["name"], *(org["name"] for org in who.get("orgs") or [])]
     if owner not in mine:
         raise InputError(f"{who['name']} is logged in and may make Spaces for {', '.join(mine)}, not for {owner!r}.")
+    return str(who["name"])
 
 
-def _visibility(info: Any) -> str | None:
-    if info is None:
-        return None
-    told = getattr(info, "visibility", None)
-    return str(told) if told in VISIBILITIES else ("private" if info.private else "public")
+def _visibility(api: HfApi, info: Any, user: str) -> str | None:
+    """Of a Space that is there. `space_info` calls a protected one private; the owner's list of repos knows better."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if info is None or not info.private:
+        return "public" if info else None
+    owner = info.id.split("/")[0]
+    try:
+        repos = api.list_user_repos(None if owner == user else owner)
+        return next(repo.visibility for repo in repos if (repo.type, repo.id) == ("space", info.id))
+    except (HfHubHTTPError, StopIteration):  # a token without the right to see that list
+        return "private"
 
 
 def _dataset_is_new(api: HfApi, dataset: str) -> bool:

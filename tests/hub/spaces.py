@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from email.utils import formatdate
 from typing import Any
 
 from starlette.requests import Request
@@ -235,7 +236,8 @@ def logs(request: Request) -> Response:
     store: Store = request.app.state.store
     repo, area = _space(request), request.path_params["area"]
     stream = _events(store, repo, area)
-    return StreamingResponse(stream, media_type="text/event-stream")
+    now = formatdate(usegmt=True)  # without `follow` the client leaves out what was logged later
+    return StreamingResponse(stream, media_type="text/event-stream", headers={"Date": now})
 
 
 async def _events(store: Store, repo: Repo, area: str) -> AsyncIterator[str]:
