@@ -249,8 +249,8 @@ def test_a_token_that_does_more_or_less_than_write_the_one_dataset_is_refused(hu
         "same name": "cannot write the dataset lab/g",
         "looks": "cannot write the dataset lab/g",
         "everywhere": "may post.write everywhere",
-        "unknown": "holds no token that",
-        "loopback": "the token of your own login",
+        "unknown": "does not know the Space's token",
+        "loopback": "that of your own login",
     }.items():
         assert reason in reasons[name], reasons[name]
     assert "cannot read the model lab/reward" in next(line for line in told if line.startswith("good 1"))
@@ -258,7 +258,7 @@ def test_a_token_that_does_more_or_less_than_write_the_one_dataset_is_refused(hu
 
 def test_ones_own_token_does_not_become_the_spaces(hub: HubServer, study: Path):
     done = run(hub, study.parent, *deploying("--yes"), code=1, PATHALIGN_SPACE_TOKEN=hub.token)
-    assert "the token of your own login, which a Space must not have" in error_line(done)
+    assert "that of your own login, which a Space must not have" in error_line(done)
     assert writes(hub) == []
 
 
@@ -321,6 +321,12 @@ def test_what_the_hub_refuses_is_one_line_with_the_next_command(hub: HubServer, 
     unpaid = error_line(run(hub, folder, *free, code=1, HF_TOKEN="hf_free", PATHALIGN_SPACE_TOKEN=""))
     assert "(402)" in unpaid and "--hardware zero-a10g" in unpaid and "`pathalign grade serve STUDY.yaml`" in unpaid
     assert hub.store.all_repos("spaces") == hub.store.all_repos("datasets") == []
+    scopes = [scope("dataset", "free/study-grades", READ, WRITE)]
+    hub.store.accounts.add_token("hf_free_one", "free", "fineGrained", scopes)
+    run(hub, folder, *free, "--hardware", "zero-a10g", HF_TOKEN="hf_free", PATHALIGN_SPACE_TOKEN="hf_free_one")
+    repo = hub.store.repo("spaces", "free/study", "hf_free")
+    requirements = hub.store.tree(hub.store.resolve(repo, "main"))["requirements.txt"]
+    assert hub.store.blob(requirements.sha256).endswith(b"\nspaces\n")
     unknown = error_line(run(hub, folder, *deploying("--yes"), code=1, HF_TOKEN="hf_wrong"))
     assert "refused your token (401)" in unknown and "`hf auth login`" in unknown
     nobody = error_line(run(hub, folder, *deploying("--yes"), code=1, HF_TOKEN=""))
@@ -333,6 +339,11 @@ def test_what_the_hub_refuses_is_one_line_with_the_next_command(hub: HubServer, 
 
 def test_what_would_unblind_or_publish_grades_is_refused_before_anything_is_made(hub: HubServer, study: Path):
     hub.store.create("datasets", "lab/open")
+    hub.store.create("spaces", "lab/chat", sdk="gradio", private=True)
+    header = {"key": "header", "value": {"summary": "chat"}}
+    hub.store.commit(
+        repo_of(hub, "lab/chat"), "main", [header, {"key": "file", "value": {"path": "app.py", "content": ""}}]
+    )
     (study.parent / "linked.yaml").write_text("candidates: lab/no-such\nreal_control_share: 0\n")
     (study.parent / "named.yaml").write_text("candidates: lab/open\nreal_control_share: 0\ngraders: [ada]\n")
     (study.parent / "sunk.yaml").write_text("candidates: lab/open\nreal_control_share: 0\nsink: hf://datasets/a/b\n")
@@ -346,6 +357,7 @@ def test_what_would_unblind_or_publish_grades_is_refused_before_anything_is_made
         "lab/study --hardware gpu-of-dreams": "it has cpu-basic, cpu-upgrade",
         "lab/study --package torch": "does not install pathalign",
         "lab/study --package no.whl": "is no wheel of pathalign",
+        "lab/chat": "holds something else (app.py)",
         "clinic/study": "for lab, not for 'clinic'",
         "study": "such as my-clinic/blood-cells",
     }
@@ -405,6 +417,7 @@ def test_a_space_that_does_not_come_up_is_an_error_that_names_the_log(hub: HubSe
     assert "not running after 0.01 minutes" in told
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_waiting_leaves_the_space_to_itself(hub: HubServer, study: Path):
     hub.store.create("spaces", "lab/study", sdk="gradio", visibility="protected")
     control(hub.store, "lab/study", build_s=3600)

@@ -12,9 +12,10 @@ import click
 
 from pathalign.commands.printing import JSON_HELP, print_result, quiet
 from pathalign.commands.serving import default_state_dir, spaces_dir
+from pathalign.hub.space_plan import VISIBILITIES
+from pathalign.hub.space_token import TOKEN_VARIABLE
 from pathalign.schema import InputError
 
-TOKEN_VARIABLE = "PATHALIGN_SPACE_TOKEN"
 SPACE = "ORG/NAME"
 KEEP = "[default: as it is; {} if new]"
 
@@ -30,7 +31,7 @@ def space() -> None:
 @click.option("--dataset", metavar=SPACE, help="Private dataset for the grades.  [default: the study's; NAME-grades]")
 @click.option(
     "--visibility",
-    type=click.Choice(["protected", "private", "public"]),
+    type=click.Choice(VISIBILITIES),
     help="`protected`: graders reach the page, and only you its files.  " + KEEP.format("protected"),
 )
 @click.option("--hardware", metavar="NAME", help="Machine that it runs on.  " + KEEP.format("cpu-basic"))

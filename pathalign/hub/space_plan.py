@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pathalign.grading.sinks import HUB_PREFIX
 from pathalign.grading.study import SECRET_VARIABLE, Study
 from pathalign.hub.errors import ZERO_GPU, speaking_of
-from pathalign.hub.space_files import Content, SpaceFiles, collect_files, is_same, size_of
+from pathalign.hub.space_files import STUDY_FILE, Content, SpaceFiles, collect_files, is_same, size_of
 from pathalign.hub.space_token import check_token, fingerprint
 from pathalign.remote import endpoint
 from pathalign.schema import InputError
@@ -297,6 +297,8 @@ def _difference(api: HfApi, space: str, contents: dict[str, Content]) -> tuple[d
     with speaking_of(space):
         entries = api.list_repo_tree(space, recursive=True, repo_type="space")
         there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    if STUDY_FILE not in there and (others := sorted(set(there) - {".gitattributes", "README.md"})):
+        raise InputError(f"The Space {space} holds something else ({', '.join(others[:3])}): choose another name.")
     upload = {
         path: content for path, content in contents.items() if path not in there or not is_same(content, there[path])
     }

@@ -45,28 +45,28 @@ def check_token(token: str, dataset: str, inputs: Iterable[tuple[str, str]] = ()
     inputs = tuple(inputs)
     advice = how_to_make(dataset, inputs)
     if token == get_token():
-        raise InputError(f"{TOKEN_VARIABLE} is the token of your own login, which a Space must not have. {advice}")
+        raise InputError(f"The Space's token is that of your own login, which a Space must not have. {advice}")
     try:
         who = HfApi().whoami(token)
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
-            raise InputError(f"{TOKEN_VARIABLE} holds no token that {endpoint()} knows. {advice}") from None
+            raise InputError(f"{endpoint()} does not know the Space's token. {advice}") from None
         raise
     described = (who.get("auth") or {}).get("accessToken") or {}
     if described.get("role") != "fineGrained":
         raise InputError(
-            f"{TOKEN_VARIABLE} holds a token with the role {described.get('role')!r}, which reaches everything of "
-            f"{who['name']}; a Space gets a fine-grained one. {advice}"
+            f"The Space's token has the role {described.get('role')!r} and reaches everything of {who['name']}; it "
+            f"must be a fine-grained one. {advice}"
         )
     problems = _problems(described.get("fineGrained") or {}, dataset, inputs)
     if problems:
-        raise InputError(f"The token in {TOKEN_VARIABLE} {'; it '.join(problems)}. {advice}")
+        raise InputError(f"The Space's token {'; it '.join(problems)}. {advice}")
     for kind, name in inputs:
         try:
             HfApi(token=token).auth_check(name, repo_type=kind)
         except HfHubHTTPError:
             raise InputError(
-                f"The token in {TOKEN_VARIABLE} cannot read the {kind} {name}, which the study shows. {advice}"
+                f"The Space's token cannot read the {kind} {name}, which the study shows. {advice}"
             ) from None
 
 
