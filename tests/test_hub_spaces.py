@@ -95,7 +95,8 @@ stages += [api.restart_space("lab/study").stage, api.wait_for_space("lab/study",
 assert api.request_space_hardware("lab/study", "t4-small").requested_hardware == "t4-small"
 assert api.set_space_sleep_time("lab/study", 300).sleep_time == 300
 info = api.space_info("lab/study")
-assert (info.sdk, info.private, info.visibility) == ("gradio", True, "protected") and info.host
+assert (info.sdk, info.private) == ("gradio", True) and info.host
+assert {repo.id: repo.visibility for repo in api.list_user_repos() if repo.type == "space"}["lab/study"] == "protected"
 hardware = {machine.name: machine.unit_cost_usd for machine in api.list_spaces_hardware()}
 assert hardware["cpu-basic"] == 0 and hardware["cpu-upgrade"] > 0
 print(stages, api.wait_for_space("lab/study", poll_interval=0.05).stage, info.host)

@@ -128,7 +128,6 @@ def describe(request: Request, repo: Repo, oid: str) -> dict[str, Any]:
         "author": repo.name.split("/")[0],
         "sha": oid,
         "private": repo.private,
-        "visibility": repo.visibility,
         "gated": repo.gated or False,
         "disabled": False,
         "downloads": 0,
@@ -168,11 +167,35 @@ def list_repos(request: Request) -> Response:
     return JSONResponse(found[start : start + limit], headers=headers)
 
 
+def owned_repos(request: Request) -> Response:
+    """What is in the user's namespace, or an organization's; the only place that tells protected from private."""
+    store: Store = request.app.state.store
+    user = store.user(token_of(request))
+    namespace = request.path_params.get("organization", user)
+    if user is None or store.accounts.role_in(user, namespace) is None:
+        raise HubError(401 if user is None else 403, "You do not have access to this namespace.")
+    found = [
+        {
+            "id": repo.name,
+            "type": kind.removesuffix("s"),
+            "updatedAt": when(store.history(repo, store.resolve(repo, "main"))[0][2]),
+            "visibility": repo.visibility,
+            "storage": sum(entry.size for entry in store.tree(store.resolve(repo, "main")).values()),
+        }
+        for kind in ("models", "datasets", "spaces")
+        for repo in store.repos(kind, token_of(request))
+        if repo.name.split("/")[0] == namespace
+    ]
+    return JSONResponse(found)
+
+
 def routes() -> list[Route]:
     return [
         Route("/api/repos/create", create_repo, methods=["POST"]),
         Route("/api/repos/delete", delete_repo, methods=["DELETE"]),
         Route("/api/repos/move", move_repo, methods=["POST"]),
+        Route("/api/settings/repositories", owned_repos),
+        Route("/api/organizations/{organization}/settings/repositories", owned_repos),
         Route(f"/api/{{kind:{KINDS}}}", list_repos),
         Route(f"{API}/settings", settings, methods=["PUT"]),
         Route(f"{API}/user-access-request/grant", grant, methods=["POST"]),

@@ -93,7 +93,8 @@ def serve(folder: Path, *datasets: str, port: int = 0) -> Iterator[HubServer]:
         store.create("datasets", name, private=True)
     layer = make_app(store)
     listener = socket.create_server(("127.0.0.1", port))
-    server = uvicorn.Server(uvicorn.Config(layer, log_level="critical", access_log=False))
+    # uvicorn's own Date lags when the machine is busy, and the client cuts logs off by it: `spaces.logs` sets one
+    server = uvicorn.Server(uvicorn.Config(layer, log_level="critical", access_log=False, date_header=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

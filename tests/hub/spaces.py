@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from email.utils import formatdate
 from typing import Any
 
 from starlette.requests import Request
@@ -36,8 +37,8 @@ CREATE TABLE IF NOT EXISTS space_logs (kind TEXT, name TEXT, area TEXT, moment R
 """
 STATE = "hardware, sleep_s, paused, started, volumes, outcome, error, build_s, open_s"
 CONTROLLED = ("outcome", "error", "build_s", "open_s")
-FREE = "cpu-basic"
-PER_MINUTE = {FREE: 0.0, "cpu-upgrade": 0.0005, "zero-a10g": 0.0, "t4-small": 0.006667, "l4x1": 0.013333}  # USD
+FREE, ZERO_GPU = "cpu-basic", "zero-a10g"  # the second is what free accounts may have
+PER_MINUTE = {FREE: 0.0, "cpu-upgrade": 0.0005, ZERO_GPU: 0.0, "t4-small": 0.006667, "l4x1": 0.013333}  # USD
 STATIC_RUNTIME = {"stage": "RUNNING", "hardware": {"current": None, "requested": None}}
 
 
@@ -81,6 +82,8 @@ def secret_values(store: Store, name: str) -> dict[str, str]:
 def pay_for_space(store: Store, name: str, body: dict[str, Any]) -> None:
     """Refuse a Space that the owner's plan does not pay for."""
     hardware = body.get("hardware") or FREE
+    if hardware == ZERO_GPU:
+        return
     free_ones, costly_ones = store.accounts.pays_for(name.split("/")[0])
     if body.get("sdk") != "static" and not (free_ones if not PER_MINUTE.get(hardware, 1) else costly_ones):
         raise HubError(402, "Payment required: subscribe to PRO to create Gradio and Docker Spaces.")
@@ -110,6 +113,7 @@ def runtime(store: Store, repo: Repo) -> dict[str, Any]:
     hardware = state["hardware"] or FREE
     described = {
         "stage": stage,
+        "sha": store.resolve(repo, "main"),
         "hardware": {"current": hardware if stage == "RUNNING" else None, "requested": hardware},
         "gcTimeout": state["sleep_s"] if state["sleep_s"] is not None else (172800 if hardware == FREE else None),
         "storage": None,
@@ -232,7 +236,8 @@ def logs(request: Request) -> Response:
     store: Store = request.app.state.store
     repo, area = _space(request), request.path_params["area"]
     stream = _events(store, repo, area)
-    return StreamingResponse(stream, media_type="text/event-stream")
+    now = formatdate(usegmt=True)  # without `follow` the client leaves out what was logged later
+    return StreamingResponse(stream, media_type="text/event-stream", headers={"Date": now})
 
 
 async def _events(store: Store, repo: Repo, area: str) -> AsyncIterator[str]:
