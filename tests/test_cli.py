@@ -20,8 +20,9 @@ from pathalign.stages import STAGES, stage_names
 PROJECT = Path(__file__).resolve().parents[1]
 COMMANDS = ["data", "pretrain", "generate", "grade", "grade fit", "grade simulate", "feedback", "reward", "align"]
 COMMANDS += ["evaluate", "run", "demo", "grade serve", "grade invite", "grade export", "grade import"]
-COMMANDS += ["feedback compact"]
-NO_STAGES = ["grade", "run", "demo", "grade serve", "grade invite", "grade export", "grade import", "feedback compact"]
+COMMANDS += ["feedback compact", "feedback pull"]
+NO_STAGES = ["grade", "run", "demo", "grade serve", "grade invite", "grade export", "grade import"]
+NO_STAGES += ["feedback compact", "feedback pull"]
 
 
 def invoke(*arguments: str):
@@ -205,7 +206,7 @@ def fake_execute(monkeypatch, fake_stage):
     """Replaces the work of `run` and `demo`: the evaluation's files appear; yields the jobs."""
     seen: dict = {}
 
-    def execute(jobs, run_dir, start=None, until=None):
+    def execute(jobs, run_dir, start=None, until=None, new_grades=False):
         seen.update(jobs={job.step.folder: job.config for job in jobs}, run_dir=run_dir, start=start, until=until)
         print("a library talks on stdout")
         (run_dir / "evaluation").mkdir(parents=True)
