@@ -115,7 +115,7 @@ def run_command(
     new_grades: bool,
     as_json: bool,
 ) -> None:
-    r"""Run all stages of CONFIG.yaml in one run directory.
+    """Run all stages of CONFIG.yaml in one run directory.
 
     CONFIG has `output_dir`, `seed` and a section for each stage. A stage whose settings and inputs have not changed is
     not run again; a changed one and all after it are. After an interruption the same command goes on where it was.
@@ -126,12 +126,12 @@ def run_command(
 
     Experts grade in place of the simulated grader with `grade: {method: pull, source: OWNER/NAME}` in CONFIG, or with
     a folder as `source`. The run writes a study of its candidates, says how graders reach it, and waits until
-    `min_grades` are there. Grades that come later are taken when you ask: with `--new-grades`, another `--min-grades`,
-    or another `grade.revision`; feedback and all after it run again if there are any.
+    `min_grades` (100) are there. Grades that come later are taken when you ask: with `--new-grades`, another
+    `--min-grades` or another `grade.revision`; feedback and all after it run again if there are any.
 
     In round 2 and later the candidates come from the base with the adapter of the round before, in `round-2/` and so
     on, and the reward model learns from the grades of all rounds. `--from` and `--until` are about the last round.
-    """
+    """  # noqa: D301 - click looks for this mark
     began = time.monotonic()
     values = merge(read_yaml(config), parse_overrides(overrides))
     values = merge(values, {} if rounds is None else {"rounds": rounds})

@@ -30,7 +30,7 @@ from pathalign.progress import say
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.pull import PullConfig
 
-PATIENCE_S = 120.0  # with a Hub that does not answer, where nobody asked to wait
+PATIENCE_S = 60.0  # with a Hub that does not answer, where nobody asked to wait
 RETRY = Retry(longest_s=30.0)
 GRADES, PREFERENCES, LACKING = "grades.jsonl", "preferences/preferences.jsonl", "lacking.json"
 Result = TypeVar("Result")
@@ -67,9 +67,8 @@ class Look:
         least = f" of {config.min_grades_per_class}" if config.min_grades_per_class else ""
         by_class = self.classes or {}
         parts = ", ".join(f"{name} {found.grades}{least}" for name, found in by_class.items())
-        graders = len({grade.grader for grade in self.merged.grades})
-        people = f"; {graders} {'grader' if graders == 1 else 'graders'}"
-        return f"{len(self.merged.grades)}{wanted} grades{f' ({parts}{people})' if parts else people}"
+        people = _count(len({grade.grader for grade in self.merged.grades}), "grader")
+        return f"{len(self.merged.grades)}{wanted} grades by {people}{f' ({parts})' if parts else ''}"
 
 
 def pull(config: PullConfig, output_dir: str | Path) -> RunRecord:
@@ -114,9 +113,9 @@ def wait_for(config: PullConfig, shards: Shards, labels: Mapping[str, str], kept
     look: Look | None = None
     while True:
         patience = deadline if waits else time.monotonic() + PATIENCE_S
-        commit = retried(shards.commit, patience)
+        commit = retried(shards.commit, shards.name, patience)
         if look is None or look.commit != commit:
-            look = retried(partial(look_at, shards, commit, labels, kept), patience)
+            look = retried(partial(look_at, shards, commit, labels, kept), shards.name, patience)
             if not waits and not (look.merged.grades or look.merged.preferences):
                 raise InputError(_nothing(shards.name, look))
             if look.enough(config):
@@ -146,11 +145,12 @@ def look_at(shards: Shards, commit: str, labels: Mapping[str, str], kept: Path) 
     return Look(commit, (len(fetched.files), fetched.new), merged, unknown, classes, labels)
 
 
-def retried(call: Callable[[], Result], deadline: float) -> Result:
+def retried(call: Callable[[], Result], name: str, deadline: float) -> Result:
     """Call until it goes well, with longer and longer waits, and say so.
 
     Args:
         call: Raises `SinkBusy` if it may go well the next time.
+        name: Of what is asked, for messages.
         deadline: By `time.monotonic`.
 
     Raises:
@@ -164,7 +164,9 @@ def retried(call: Callable[[], Result], deadline: float) -> Result:
             failures += 1
             wait_s = RETRY.wait_s(failures, error)
             if time.monotonic() + wait_s > deadline:
-                raise InputError(f"{error} What was fetched stays; run the same command again later.") from error
+                raise InputError(
+                    f"{error} No answer about {name} in time. What was fetched stays; run the same command again later."
+                ) from error
             say(f"{error} Trying again in {wait_s:.1f} s.")
             time.sleep(wait_s)
 
@@ -220,9 +222,11 @@ def _save(config: PullConfig, look: Look, output_dir: Path, started: float) -> R
 def summary(record: RunRecord, output_dir: str | Path) -> str:
     """What a pull brought, what lacks, and what to type next, for people."""
     metrics, config = record.metrics, record.config
+    fetched = f", {metrics['fetched']} fetched now" if metrics["fetched"] else ""
+    choices = f" and {_count(metrics['n_preferences'], 'pairwise choice')}" if metrics["n_preferences"] else ""
     lines = [
-        f"{metrics['n_grades']} grades and {metrics['n_preferences']} pairwise choices by {len(metrics['graders'])} "
-        f"graders stand, of {metrics['rows']} rows in {metrics['files']} files ({metrics['fetched']} new): "
+        f"{_count(metrics['n_grades'], 'grade')}{choices} by {_count(len(metrics['graders']), 'grader')}, of "
+        f"{_count(metrics['rows'], 'row')} in {_count(metrics['files'], 'file')}{fetched}; "
         f"{metrics['duplicates']} sent twice, {metrics['superseded']} corrected.",
         f"State of {config['source']}: {record.inputs['grades']}",
     ]
@@ -250,6 +254,10 @@ def next_command(record: RunRecord, output_dir: str | Path) -> str:
     candidates = record.config["candidates"]
     words = ["pathalign", "feedback", "--candidates", str(candidates or "CANDIDATES"), "--grades", str(output_dir)]
     return shlex.join(words)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _nothing(name: str, look: Look) -> str:

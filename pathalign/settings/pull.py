@@ -19,13 +19,13 @@ class PullConfig(StageConfig):
 
     source: str = option(
         "",
-        "Where grades gather: OWNER/NAME or hf://datasets/OWNER/NAME of a Hub dataset, or a folder (one that is not "
-        "there yet as ./NAME).",
+        "Where grades gather: OWNER/NAME or hf://datasets/OWNER/NAME of a Hub dataset, or a folder (as ./NAME/... if "
+        "it is not there yet). A run makes a folder beside its candidates if there is none.",
     )
     candidates: str | None = option(
         None, "Images that were graded, to count and check against: a folder or Hub id. Grades of others are left out."
     )
-    revision: str | None = option(None, "Branch, tag or commit of the dataset.  (none: the newest commit)")
+    revision: str | None = option(None, "Branch, tag or commit of the dataset; without it the newest commit.")
     comments: bool = option(False, "Keep the graders' free text too.")
     min_grades: int = option(0, "Wait until so many grades stand.", minimum=0)
     min_grades_per_class: int = option(0, "Wait until each class has so many.", minimum=0)
