@@ -52,10 +52,13 @@ class Ledger:
             self.forced_from = asked
             self.save()
 
-    def content(self, job: Job, key: str) -> str | None:
-        """Fingerprint of the folder of `job` if it was made from `key` and holds what it held then, else None."""
+    def content(self, job: Job, key: str | None = None) -> str | None:
+        """Fingerprint of the folder of `job` if it was made from `key` and holds what it held then, else None.
+
+        Without a key, what it was made from does not matter.
+        """
         entry = self.steps.get(job.step.folder)
-        if entry is None or entry["key"] != key or not job.folder.is_dir():
+        if entry is None or (key is not None and entry["key"] != key) or not job.folder.is_dir():
             return None
         if signature(job.folder) != entry["signature"] and fingerprint(job.folder) != entry["content"]:
             return None

@@ -249,12 +249,11 @@ def execute(
         run_dir: Directory of the folders; one process at a time may work in it.
         start: Stage that is run in any case, as all after it are; in the last round that has it.
         until: Last stage that is run, in the last round that has it.
-        new_grades: Whether to look for grades that have come since the last round's were taken.
+        new_grades: Whether to look for grades that have come since they were taken.
 
     Raises:
         ConfigError: If there is no such stage, or `until` comes before `start`.
-        InputError: If another process works in `run_dir`, a stage cannot use its input, or candidates that experts
-            grade would be drawn anew.
+        InputError: If another process works in `run_dir`, or a stage cannot use its input.
     """
     names = stage_names()
     problems = [unknown_key(name, names) for name in (start, until) if name is not None and name not in names]
@@ -263,7 +262,7 @@ def execute(
     if problems:
         raise ConfigError("Stages", problems)
     forced = jobs[_places(jobs, start)[0] :] if start else []
-    forced += [job for job in jobs if new_grades and job.stage.name == "grade"][-1:]
+    forced += [job for job in jobs if new_grades and job.stage.name == "grade"]
     jobs = jobs[: _places(jobs, until)[-1] + 1] if until else jobs
     with _locked(run_dir):
         ledger = Ledger(run_dir)
@@ -271,14 +270,12 @@ def execute(
             ledger.force(
                 " ".join([start or "", "new grades" * new_grades]).strip(), [job.step.folder for job in forced]
             )
+        held = _held_by_graders(jobs, ledger)
         contents: dict[str, str] = {}
-        handed_out = {getattr(job.config, "candidates", None) for job in jobs if job.stage.method == PULL}
         results = []
         for number, job in enumerate(jobs, 1):
-            key = _key(job, contents)
-            if str(job.folder) in handed_out:
-                _check_still_the_same(job, key, ledger)
-            results.append(_execute(job, key, f"[{number}/{len(jobs)}]", ledger, contents))
+            place = f"[{number}/{len(jobs)}]"
+            results.append(_execute(job, place, ledger, contents, held=job.step.folder in held))
         ledger.forced_from = None
         ledger.save()
     return results
@@ -290,25 +287,33 @@ def _places(jobs: list[Job], stage: str) -> list[int]:
     return [place for place, job in enumerate(jobs) if job.stage.name == stage and job.round == last]
 
 
-def _check_still_the_same(job: Job, key: str, ledger: Ledger) -> None:
-    """Experts' work must not be lost because a setting before it was touched.
+def _held_by_graders(jobs: list[Job], ledger: Ledger) -> set[str]:
+    """Folders that candidates rest on which experts may have seen, and these: other images would be without grades."""
+    by_folder = {job.step.folder: job for job in jobs}
+    given = [getattr(job.config, "candidates", None) for job in jobs if job.stage.method == PULL]
+    waiting = [
+        name
+        for name, job in by_folder.items()
+        if str(job.folder) in given and name in ledger.steps and (job.folder.parent / STUDY).is_file()
+    ]
+    held: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in held and name in by_folder and by_folder[name].stage.name != "grade":
+            held.add(name)
+        if name in by_folder:
+            waiting += [folder for folder in by_folder[name].step.inputs.values() if folder not in held]
+    return held
 
-    Raises:
-        InputError: If candidates that graders may have seen would be drawn from something else.
-    """
-    entry = ledger.steps.get(job.step.folder)
-    if entry is not None and entry["key"] != key and (job.folder.parent / STUDY).is_file():
-        raise InputError(
-            f"{job.folder} is with graders ({job.folder.parent / STUDY}), but something before it has changed: drawn "
-            "again it would be other images, without grades. Undo the change (or use the version of pathalign that "
-            "drew them), choose another `--output-dir`, or draw them again all the same with `--from generate`."
-        )
 
-
-def _execute(job: Job, key: str, place: str, ledger: Ledger, contents: dict[str, str]) -> StepResult:
-    name = job.step.folder
-    kept = ledger.content(job, key)
-    if kept is not None:
+def _execute(job: Job, place: str, ledger: Ledger, contents: dict[str, str], held: bool = False) -> StepResult:
+    name, key = job.step.folder, _key(job, contents)
+    kept = ledger.content(job, key) or (ledger.content(job) if held else None)
+    if kept is not None and ledger.steps[name]["key"] != key:
+        why = "kept, though settings or inputs have changed: images that graders have rest on it"
+        say(f"{place} {job.label}: {why} (another `--output-dir` starts afresh)")
+        contents[name] = kept
+    elif kept is not None:
         say(f"{place} {job.label}: unchanged, not run again")
         contents[name] = kept
     else:

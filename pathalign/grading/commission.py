@@ -51,9 +51,11 @@ def collect(config: CollectConfig, output_dir: str | Path) -> RunRecord:
     if study.sink != sink:
         say(f"{path} sends grades to {study.sink}, but this run waits for {sink}: mend one of them.")
     name = shlex.quote(str(path))
-    say(f"The candidates wait for graders. In another terminal, on this machine: pathalign grade serve {name}")
+    say("The candidates wait for graders. In another terminal, on this machine:")
+    say(f"  pathalign grade invite {name} NAME    # once for each grader")
+    say(f"  pathalign grade serve {name}")
     if on_hub:
-        say(f"Or as a Space: pathalign space deploy {name}")
+        say(f"or as a Space:\n  pathalign space deploy {name}")
     return pull(config, output_dir)
 
 
