@@ -55,7 +55,7 @@ def collect(config: CollectConfig, output_dir: str | Path) -> RunRecord:
     say(f"  pathalign grade invite {name} NAME    # once for each grader")
     say(f"  pathalign grade serve {name}")
     if on_hub:
-        say(f"or as a Space:\n  pathalign space deploy {name}")
+        say(f"or as a Space:\n  pathalign space deploy ORG/NAME --study {name}")
     return pull(config, output_dir)
 
 

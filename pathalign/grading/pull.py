@@ -23,7 +23,7 @@ from pathalign.artefacts import artefact, fingerprint
 from pathalign.grading.exports import pseudonyms_for
 from pathalign.grading.merging import ClassCoverage, Merged, coverage, lacking, merge
 from pathalign.grading.outbox import Retry
-from pathalign.grading.shards import Shards, open_shards
+from pathalign.grading.shards import Shards, SourceMissing, open_shards
 from pathalign.grading.sinks import SinkBusy
 from pathalign.images import ImageSet
 from pathalign.progress import say
@@ -110,17 +110,28 @@ def wait_for(config: PullConfig, shards: Shards, labels: Mapping[str, str], kept
     """
     waits = bool(config.min_grades or config.min_grades_per_class)
     deadline = time.monotonic() + config.timeout_s if config.timeout_s else math.inf
+    every = f"Looking every {config.poll_s:g} s; Ctrl-C ends it."
     look: Look | None = None
+    told = False
     while True:
         patience = deadline if waits else time.monotonic() + PATIENCE_S
-        commit = retried(shards.commit, shards.name, patience)
+        try:
+            commit = retried(shards.commit, shards.name, patience)
+        except SourceMissing as error:  # deploying a Space makes its dataset
+            if not waits or look is not None or time.monotonic() + config.poll_s > deadline:
+                raise
+            if not told:
+                say(f"{error} {every}")
+            told = True
+            time.sleep(config.poll_s)
+            continue
         if look is None or look.commit != commit:
             look = retried(partial(look_at, shards, commit, labels, kept), shards.name, patience)
             if not waits and not (look.merged.grades or look.merged.preferences):
                 raise InputError(_nothing(shards.name, look))
             if look.enough(config):
                 return look
-            say(f"{shards.name}: {look.text(config)}. Looking every {config.poll_s:g} s; Ctrl-C ends it.")
+            say(f"{shards.name}: {look.text(config)}. {every}")
         if commit == config.revision:
             raise InputError(
                 f"Commit {commit[:10]} of {shards.name} has {look.text(config)}, and a commit gets no more. "

@@ -38,6 +38,10 @@ class Fetched:
     new: int
 
 
+class SourceMissing(InputError):  # noqa: N818
+    """The dataset is not there, or not to be seen: perhaps not yet."""
+
+
 class Shards(Protocol):
     """Where grades gather. `name` is what messages call it, without any secret."""
 
@@ -48,6 +52,7 @@ class Shards(Protocol):
 
         Raises:
             SinkBusy: If it may go well the next time.
+            SourceMissing: If there is no such dataset.
             InputError: If somebody has to mend something first.
         """
 
@@ -159,7 +164,11 @@ class HubShards(HubSink):
         except SinkBusy:
             raise
         except SinkError as error:
-            raise explained(error.__cause__ or error, self.repo_id, "dataset", self.revision) from error  # type: ignore[arg-type]
+            from huggingface_hub.errors import RepositoryNotFoundError
+
+            cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            told = explained(cause, self.repo_id, "dataset", self.revision)
+            raise (SourceMissing(told) if isinstance(cause, RepositoryNotFoundError) else told) from error
 
 
 def _kept(path: Path, identifier: str) -> bytes | None:
