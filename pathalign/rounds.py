@@ -56,7 +56,8 @@ def next_round(first: Sequence[Job], last: Sequence[Job], number: int, run_dir: 
     before = {Path(job.step.folder).name: job for job in last}
     jobs: dict[str, Job] = {}
     for job in first:
-        inputs, values = dict(job.step.inputs), dict[str, Any]()
+        inputs = dict(job.step.inputs)
+        values: dict[str, Any] = {}
         for name, folder in job.step.inputs.items():
             own, made = str(run_dir / folder), jobs.get(folder)
             value = getattr(job.config, name, None)

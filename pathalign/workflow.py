@@ -299,10 +299,9 @@ def _held_by_graders(jobs: list[Job], ledger: Ledger) -> set[str]:
     held: set[str] = set()
     while waiting:
         name = waiting.pop()
-        if name not in held and name in by_folder and by_folder[name].stage.name != "grade":
+        if name in by_folder and name not in held:
             held.add(name)
-        if name in by_folder:
-            waiting += [folder for folder in by_folder[name].step.inputs.values() if folder not in held]
+            waiting += by_folder[name].step.inputs.values()
     return held
 
 

@@ -268,6 +268,21 @@ def test_run_takes_overrides_and_stages_and_prints_json(fake_execute, tmp_path):
     assert (fake_execute["start"], fake_execute["until"]) == ("align", None)
 
 
+def test_run_takes_rounds_and_the_grades_to_wait_for(fake_execute, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("grade: {method: pull, source: lab/grades}\n")
+    result = invoke(
+        "run", str(path), "--output-dir", str(tmp_path / "r"), "--rounds", "2", "--min-grades", "7", "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    jobs = fake_execute["jobs"]
+    assert (jobs["round-2/grades"].min_grades, jobs["round-2/grades"].source) == (7, "lab/grades")
+    path.write_text("{}")
+    for option in (["--min-grades", "7"], ["--new-grades"]):
+        result = invoke("run", str(path), "--output-dir", str(tmp_path / "r"), *option)
+        assert result.exit_code == 2 and "set `grade.method=pull`" in result.stderr and option[0] in result.stderr
+
+
 def test_every_stage_has_a_command_or_is_one_of_another_stage():
     without = {stage.name for stage in STAGES} - set(main.commands)
     assert without == {"graders", "control", "sample"}  # `grade fit`, `pretrain --initial-model`, `generate`

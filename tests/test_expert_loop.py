@@ -181,11 +181,12 @@ def test_a_runs_study_goes_to_a_folder_and_graders_can_start_with_it_at_once(tmp
     texts = {"title": "Round one", "classes": {"a": {"display_name": "alpha"}}, "graders": ["Ada"], "reason_for": []}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**texts, "references": "run/data", "sink": "elsewhere"}))
     config = CollectConfig(candidates=str(run / "candidates"), study=str(tmp_path / "mine.yaml"), min_grades=12)
-    hurried = CollectConfig(**{**vars(config), "timeout_s": 0.1, "poll_s": 0.1})
-    with pytest.raises(InputError, match=r"0 of 12 grades .* after 0.1 s\. Run the same command to wait on\.$"):
+    hurried = CollectConfig(**{**vars(config), "timeout_s": 0.1, "poll_s": 0.1, "min_grades": 70})
+    with pytest.raises(InputError, match=r"0 of 70 grades .* after 0.1 s\. Run the same command to wait on\.$"):
         collect(hurried, run / "grades")
     said = capsys.readouterr().err
     assert f"pathalign grade serve {run / 'study.yaml'}" in said and "space deploy" not in said
+    assert "asks for 1 x 60 grades, fewer than `min_grades` (70)" in said
 
     study = Study.load(run / "study.yaml")
     assert (study.title, study.class_text("a").display_name) == ("Round one", "alpha")

@@ -257,6 +257,8 @@ def test_a_folder_takes_the_place_of_a_repo(tmp_path: Path, candidates: ImageSet
     second = pull(config, tmp_path / "out")
     assert second.metrics["n_grades"] == 9 and second.inputs["grades"] != first.inputs["grades"]
     assert len(current_grades(read_grades(tmp_path / "out")).grades) == 9
+    with pytest.raises(InputError, match="is a file; give the folder or dataset"):
+        pull(PullConfig(source="out/run.json"), tmp_path / "out")
     with pytest.raises(InputError, match="which has none"):
         pull(PullConfig(source="gathered", revision="main"), tmp_path / "out")
 
@@ -267,7 +269,7 @@ def test_ids_that_stand_for_different_grades_are_a_conflict_and_nothing_is_writt
     first = write(tmp_path / "in", "grade", row(candidates, 1, 1), row(candidates, 2, 2))
     second = write(tmp_path / "in", "grade", row(candidates, 1, 1, "implausible"), replica="bbbbbbbbbbbb")
     with pytest.raises(
-        InputError, match=f"1 ids stand for different rows(.|\n)*grade g1: .*{first.name}.*{second.name}"
+        InputError, match=f"Rows of one id say different things(.|\n)*grade g1: .*{first.name}.*{second.name}"
     ):
         pull(PullConfig(source=str(tmp_path / "in")), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -145,7 +145,7 @@ def _pull(source: str, folder: Path, as_json: bool, **options: Any) -> None:
 
         record = pull(config, folder)
     result = {**asdict(record), "output_dir": str(folder), "next": next_command(record, folder)}
-    print_result(result, as_json, summary(record, folder))
+    print_result(result, as_json, f"{summary(record, folder)}\nNext: {result['next']}")
 
 
 pull_command = click.Command(

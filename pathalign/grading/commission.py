@@ -12,9 +12,10 @@ import yaml
 
 from pathalign.artefacts import write_atomically
 from pathalign.config import read_yaml
-from pathalign.grading.pull import pull
+from pathalign.grading.pull import pull, summary
 from pathalign.grading.sinks import HUB_PREFIX
 from pathalign.grading.study import Study
+from pathalign.images import ImageSet
 from pathalign.progress import say
 from pathalign.remote import is_repo_id
 from pathalign.schema import RunRecord
@@ -56,7 +57,20 @@ def collect(config: CollectConfig, output_dir: str | Path) -> RunRecord:
     say(f"  pathalign grade serve {name}")
     if on_hub:
         say(f"or as a Space:\n  pathalign space deploy ORG/NAME --study {name}")
-    return pull(config, output_dir)
+    _say_if_too_few(config, study)
+    record = pull(config, output_dir)
+    say(summary(record, output_dir))
+    return record
+
+
+def _say_if_too_few(config: CollectConfig, study: Study) -> None:
+    """Repeats and other studies may bring more, so this is no error."""
+    count = len(ImageSet.load(str(config.candidates)))
+    if count * study.graders_per_image < config.min_grades:
+        say(
+            f"The study asks for {study.graders_per_image} x {count} grades, fewer than `min_grades` "
+            f"({config.min_grades}): lower that, or raise `graders_per_image` in the study."
+        )
 
 
 def write_study(path: Path, config: CollectConfig, sink: str) -> None:

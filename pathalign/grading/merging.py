@@ -82,13 +82,13 @@ def merge(files: Mapping[str, bytes]) -> Merged:
                 conflicts.append(f"{row.kind} {row.row_id}: in {first_path} and in {path}")
     if problems:
         raise InputError(
-            f"{len(problems)} files or rows cannot be used; nothing was written. Mend them where they are, or take "
-            f"them away:\n{_examples(problems)}"
+            "Files or rows cannot be used, so nothing was written. Mend these where they are, or take them away "
+            f"({len(problems)}):\n{_examples(problems)}"
         )
     if conflicts:
         raise InputError(
-            f"{len(conflicts)} ids stand for different rows; nothing was written. Find out which is right, and take "
-            f"the other away:\n{_examples(conflicts)}"
+            "Rows of one id say different things, so nothing was written. Find out which is right, and take the other "
+            f"away ({len(conflicts)}):\n{_examples(conflicts)}"
         )
     grades = [Grade.from_mapping(row.content) for _, row in rows.values() if row.kind == "grade"]
     preferences = [Preference.from_mapping(row.content) for _, row in rows.values() if row.kind == "preference"]

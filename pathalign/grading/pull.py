@@ -149,7 +149,7 @@ def look_at(shards: Shards, commit: str, labels: Mapping[str, str], kept: Path) 
     unknown = 0
     if labels:
         grades = tuple(grade for grade in merged.grades if grade.image_id in labels)
-        pairs = tuple(row for row in merged.preferences if {row.left_image_id, row.right_image_id} <= set(labels))
+        pairs = tuple(row for row in merged.preferences if {row.left_image_id, row.right_image_id} <= labels.keys())
         unknown = len(merged.grades) + len(merged.preferences) - len(grades) - len(pairs)
         merged = replace(merged, grades=grades, preferences=pairs)
     classes = coverage(merged.grades, labels) if labels else None
@@ -231,7 +231,7 @@ def _save(config: PullConfig, look: Look, output_dir: Path, started: float) -> R
 
 
 def summary(record: RunRecord, output_dir: str | Path) -> str:
-    """What a pull brought, what lacks, and what to type next, for people."""
+    """What a pull brought and what lacks, for people."""
     metrics, config = record.metrics, record.config
     fetched = f", {metrics['fetched']} fetched now" if metrics["fetched"] else ""
     choices = f" and {_count(metrics['n_preferences'], 'pairwise choice')}" if metrics["n_preferences"] else ""
@@ -257,7 +257,7 @@ def summary(record: RunRecord, output_dir: str | Path) -> str:
         )
     if metrics.get("lacking"):
         lines.append(f"{metrics['lacking']} images lack a grade; {Path(output_dir) / LACKING} names them.")
-    return "\n".join([*lines, f"Next: {next_command(record, output_dir)}"])
+    return "\n".join(lines)
 
 
 def next_command(record: RunRecord, output_dir: str | Path) -> str:

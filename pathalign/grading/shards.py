@@ -73,11 +73,13 @@ def open_shards(source: str, revision: str | None = None) -> Shards:
         revision: Branch, tag or commit of the dataset; `main` by default.
 
     Raises:
-        InputError: If it is no such address, or a folder with a revision.
+        InputError: If it is no such address, a file, or a folder with a revision.
     """
     check_sink(source)
     if source.startswith(HUB_PREFIX) or is_repo_id(source):
         return HubShards(source.removeprefix(HUB_PREFIX), revision)
+    if Path(source).is_file():
+        raise InputError(f"{source} is a file; give the folder or dataset where grades go, a study's `sink`.")
     if revision is not None:
         raise InputError(f"`revision` is {revision!r}, but {source} is a folder, which has none; leave it out.")
     return FolderShards(source)
