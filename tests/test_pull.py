@@ -21,7 +21,8 @@ from pathalign.grading.batches import batch_path
 from pathalign.grading.hub_sink import HubSink
 from pathalign.grading.merging import coverage, lacking, merge
 from pathalign.grading.outbox import Outbox
-from pathalign.grading.pull import pull
+from pathalign.grading.pull import pull, wait_for
+from pathalign.grading.shards import HubShards
 from pathalign.grading.sinks import FolderSink, Sink
 from pathalign.images import ImageSet
 from pathalign.schema import Grade, InputError
@@ -130,6 +131,7 @@ def test_grades_of_two_servers_are_merged_at_one_commit_and_new_ones_are_added(
     lacks = json.loads((tmp_path / "out" / "lacking.json").read_text())
     assert {name: len(ids) for name, ids in lacks.items()} == {"a": 8, "b": 7, "c": 8}
     check_privacy(hub, tmp_path / "out", output + errors)
+    assert (tmp_path / ".out.shards").stat().st_mode & 0o077 == 0  # as they were sent, comments among them
     assert "p1" in (tmp_path / "out" / "preferences" / "preferences.jsonl").read_text()
 
     send(tmp_path / "one", sink_of(hub), row(candidates, 30, 8))
@@ -211,27 +213,50 @@ def test_waiting_outlives_an_outage_counts_by_class_and_ends_with_enough_grades(
 
 
 @pytest.mark.hub
-def test_what_cannot_go_well_ends_with_one_line_that_says_what_to_do(
+def test_a_token_that_is_revoked_while_waiting_ends_it_with_one_line(
     hub: HubServer, tmp_path: Path, candidates: ImageSet
 ):
     send(tmp_path / "one", sink_of(hub), *(row(candidates, number, number) for number in range(5)))
     hub.store.add_token("hf_soon_revoked", "lab")
     where = ["lab/grades", "--candidates", "candidates", "--output-dir", "out", "--min-grades", 8, "--poll-s", 0.2]
-    code, _, errors = run(hub, tmp_path, *where, "--timeout-s", 0.5)
-    assert code == 1
-    assert errors.splitlines()[-1] == (
-        "Error: lab/grades has 5 of 8 grades by 1 grader (a 2, b 2, c 1) after 0.5 s. Run the same command to wait on, "
-        "or go on with those that are there by `--min-grades 5`."
-    )
     process = start(hub, tmp_path, *where, token="hf_soon_revoked")
     assert process.stderr is not None and "5 of 8 grades" in process.stderr.readline()
     hub.store.database.execute("DELETE FROM tokens WHERE token = 'hf_soon_revoked'")
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and output == ""
     assert len(errors.splitlines()) == 1 and "refused your token (401)" in errors and "hf_soon" not in errors
-    code, _, errors = run(hub, tmp_path, "lab/absent", "--output-dir", "out")
-    assert code == 1 and "'lab/absent'" in errors and "does not exist, or is private" in errors
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.hub
+def test_what_never_comes_is_told_with_what_to_do(
+    hub: HubServer, tmp_path: Path, candidates: ImageSet, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    send(tmp_path / "one", sink_of(hub), *(row(candidates, number, number) for number in range(5)))
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    labels = dict(zip(candidates.image_ids, candidates.labels(), strict=True))
+
+    def error(name: str, revision: str | None = None, **settings: float) -> str:
+        config = PullConfig(source=name, revision=revision, poll_s=0.2, **settings)
+        shards = HubShards(name, revision, endpoint=hub.endpoint)
+        with pytest.raises(InputError) as caught:
+            wait_for(config, shards, labels, tmp_path / "kept")
+        return str(caught.value)
+
+    assert error("lab/grades", min_grades=8, timeout_s=0.5) == (
+        "lab/grades has 5 of 8 grades by 1 grader (a 2, b 2, c 1) after 0.5 s. Run the same command to wait on, or go "
+        "on with those that are there by `--min-grades 5`."
+    )
+    pinned = error("lab/grades", head(hub), min_grades=8)
+    assert pinned.endswith("and a commit gets no more. Leave out `revision`, or lower `min_grades`.")
+    assert "has no revision 'v9'" in error("lab/grades", "v9")
+    assert "'lab/absent'" in error("lab/absent") and capsys.readouterr().err.count("lab/absent") == 0
+    assert "does not exist, or is private" in error("lab/absent", min_grades=1, timeout_s=0.5)
+    assert capsys.readouterr().err.count("lab/absent") == 1  # it may be made yet: said once, and looked again
+    hub.faults.set(Fault("GET /api/datasets", 503))
+    assert "No answer about lab/grades in time. What was fetched stays" in error(
+        "lab/grades", min_grades=1, timeout_s=1
+    )
 
 
 def write(folder: Path, kind: str, *rows: dict, replica: str = "aaaaaaaaaaaa") -> Path:

@@ -32,7 +32,9 @@ HEADER = """\
 def collect(config: CollectConfig, output_dir: str | Path) -> RunRecord:
     """Hand the candidates to graders and wait for their grades.
 
-    Beside `output_dir` stands `study.yaml`, which names candidates and sink; it is written unless it is there.
+    Beside `output_dir` stands `study.yaml`, which names candidates and sink; it is written unless it is there. A run
+    knows the grades that it used by the content of `output_dir`: taking another state of them makes feedback and all
+    after it run again, and what has come since does not.
 
     Args:
         config: Without a `source` grades gather in the folder `expert_grades` beside `output_dir`.

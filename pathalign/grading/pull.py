@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import shutil
 import time
@@ -33,6 +34,7 @@ from pathalign.settings.pull import PullConfig
 PATIENCE_S = 60.0  # with a Hub that does not answer, where nobody asked to wait
 RETRY = Retry(longest_s=30.0)
 GRADES, PREFERENCES, LACKING = "grades.jsonl", "preferences/preferences.jsonl", "lacking.json"
+COMMIT = re.compile(r"[0-9a-f]{7,40}")
 Result = TypeVar("Result")
 
 
@@ -132,7 +134,7 @@ def wait_for(config: PullConfig, shards: Shards, labels: Mapping[str, str], kept
             if look.enough(config):
                 return look
             say(f"{shards.name}: {look.text(config)}. {every}")
-        if commit == config.revision:
+        if COMMIT.fullmatch(config.revision or "") and commit.startswith(config.revision or ""):
             raise InputError(
                 f"Commit {commit[:10]} of {shards.name} has {look.text(config)}, and a commit gets no more. "
                 "Leave out `revision`, or lower `min_grades`."

@@ -18,6 +18,7 @@ from pathalign.artefacts import fingerprint, write_atomically
 from pathalign.grading.batches import kind_of
 from pathalign.grading.hub_sink import HubSink, Result, content_id, has_id
 from pathalign.grading.sinks import HUB_PREFIX, FolderSink, SinkBusy, SinkError, check_sink
+from pathalign.progress import track
 from pathalign.remote import explained, is_repo_id
 from pathalign.schema import InputError
 
@@ -110,12 +111,18 @@ class FolderShards:
 
 
 class HubShards(HubSink):
-    """A dataset of the Hub, read with the user's own login."""
+    """A dataset of the Hub, read with the user's own login.
 
-    def __init__(self, repo_id: str, revision: str | None = None) -> None:
+    Args:
+        repo_id: `OWNER/NAME`.
+        revision: Branch, tag or commit; `main` by default.
+        endpoint: Address of the Hub; the one of `HF_ENDPOINT` if not given.
+    """
+
+    def __init__(self, repo_id: str, revision: str | None = None, *, endpoint: str | None = None) -> None:
         from huggingface_hub import get_token
 
-        super().__init__(repo_id, get_token())
+        super().__init__(repo_id, get_token(), endpoint=endpoint)
         self.name, self.revision = repo_id, revision
 
     def commit(self) -> str:
@@ -142,7 +149,7 @@ class HubShards(HubSink):
         pool = ThreadPoolExecutor(READERS)
         try:
             waiting = [pool.submit(self._download, path, commit, listed[path], kept / path) for path in missing]
-            for done in as_completed(waiting):
+            for done in track(as_completed(waiting), f"fetch from {self.name}", len(missing), "file"):
                 errors += [error] if (error := done.exception()) else []
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C need not wait for what is still to come
