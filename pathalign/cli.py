@@ -21,9 +21,10 @@ from pathalign.commands.printing import JSON_HELP, print_result, printed, quiet
 from pathalign.commands.space import space
 from pathalign.commands.stages import stage_command, with_subcommands
 from pathalign.config import ConfigError, parse_overrides, read_yaml
+from pathalign.ledger import peak_rss_mb
 from pathalign.schema import DISCLAIMER, InputError
-from pathalign.stages import METHODS, load
-from pathalign.workflow import StepResult, execute, merge, peak_rss_mb, plan, recipe
+from pathalign.stages import METHODS, MOST_ROUNDS, PULL, load
+from pathalign.workflow import StepResult, execute, merge, plan, recipe
 
 INTERRUPTED = "Interrupted. Run the same command again to go on where it was."
 
@@ -87,6 +88,7 @@ main.add_command(stage_command("generate", "generate", "runs/candidates"))
 main.add_command(grade)
 feedback = with_subcommands(stage_command("feedback", "feedback", "runs/feedback"))
 feedback.add_command(transfer.compact_command)
+feedback.add_command(transfer.pull_command)
 main.add_command(feedback)
 main.add_command(stage_command("reward", "reward", "runs/reward"))
 main.add_command(stage_command("align", "align", "runs/adapter"))
@@ -100,11 +102,22 @@ main.add_command(space)
 @click.option("--output-dir", "folder", type=click.Path(path_type=Path), help="Run directory.  [default: in CONFIG]")
 @click.option("--from", "start", metavar="STAGE", help="Run this stage and all after it, changed or not.")
 @click.option("--until", metavar="STAGE", help="Run up to this stage.")
+@click.option("--rounds", type=click.IntRange(1, MOST_ROUNDS), help="Rounds of drawing, grading, aligning.")
+@click.option("--min-grades", type=click.IntRange(0), help="Grades by experts to wait for in each round.")
+@click.option("--new-grades", is_flag=True, help="See whether experts have given more grades since the last look.")
 @click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
 def run_command(
-    config: Path, overrides: tuple[str, ...], folder: Path | None, start: str | None, until: str | None, as_json: bool
+    config: Path,
+    overrides: tuple[str, ...],
+    folder: Path | None,
+    start: str | None,
+    until: str | None,
+    rounds: int | None,
+    min_grades: int | None,
+    new_grades: bool,
+    as_json: bool,
 ) -> None:
-    r"""Run all stages of CONFIG.yaml in one run directory.
+    """Run all stages of CONFIG.yaml in one run directory.
 
     CONFIG has `output_dir`, `seed` and a section for each stage. A stage whose settings and inputs have not changed is
     not run again; a changed one and all after it are. After an interruption the same command goes on where it was.
@@ -112,17 +125,31 @@ def run_command(
     \b
     Stages: data, pretrain, graders, generate, grade, feedback,
             reward, align, control, sample, evaluate
-    """
+
+    Experts grade in place of the simulated grader with `grade: {method: pull, source: OWNER/NAME}` in CONFIG, or with
+    a folder as `source`. The run writes a study of its candidates, says how graders reach it, and waits until
+    `min_grades` (100) are there. Grades that come later are taken when you ask: with `--new-grades`, another
+    `--min-grades` or another `grade.revision`; feedback and all after it run again if there are any.
+
+    In round 2 and later the candidates come from the base with the adapter of the round before, in `round-2/` and so
+    on, and the reward model learns from the grades of all rounds. `--from` and `--until` are about the last round.
+    """  # noqa: D301 - click looks for this mark
     began = time.monotonic()
     values = merge(read_yaml(config), parse_overrides(overrides))
+    values = merge(values, {} if rounds is None else {"rounds": rounds})
+    if min_grades is not None or new_grades:
+        if (values.get("grade") or {}).get("method") != PULL:
+            option = "--new-grades" if min_grades is None else "--min-grades"
+            raise ConfigError(option, [f"simulated graders do not come later; set `grade.method={PULL}`."])
+        values = merge(values, {} if min_grades is None else {"grade": {"min_grades": min_grades}})
     run_dir = folder or Path(values.get("output_dir") or f"runs/{config.stem}")
     with quiet():
-        results = execute(plan(values, run_dir, title=str(config)), run_dir, start, until)
-    evaluated = results[-1].folder.name == "evaluation"
-    metrics = _metrics(run_dir) if evaluated else None
+        results = execute(plan(values, run_dir, title=str(config)), run_dir, start, until, new_grades)
+    last = results[-1].folder
+    metrics = _metrics(last) if last.name == "evaluation" else None
     summary = {**_cost(began, results), "output_dir": str(run_dir), "evaluation": metrics}
     summary["steps"] = [asdict(result) for result in results]
-    print_result(summary, as_json, _table(run_dir, metrics) if metrics else str(run_dir))
+    print_result(summary, as_json, _table(last, metrics) if metrics else str(run_dir))
 
 
 @main.command("demo")
@@ -147,10 +174,11 @@ def demo_command(
         values["align"] = {"method": method}  # the recipe's other settings are those of its own method
     with quiet():
         results = execute(plan(values, run_dir, title="pathalign demo"), run_dir)
-    metrics = _metrics(run_dir)
-    report = str(run_dir / "evaluation" / "report.html")
+    evaluation = results[-1].folder
+    metrics = _metrics(evaluation)
+    report = str(evaluation / "report.html")
     summary = {**metrics, **_cost(began, results), "simulated": True, "report": report}
-    print_result(summary, as_json, _table(run_dir, metrics))
+    print_result(summary, as_json, _table(evaluation, metrics))
 
 
 def _cost(began: float, results: list[StepResult]) -> dict[str, Any]:
@@ -159,15 +187,15 @@ def _cost(began: float, results: list[StepResult]) -> dict[str, Any]:
     return {"wall_s": round(time.monotonic() - began, 2), "peak_rss_mb": round(peak, 1)}
 
 
-def _metrics(run_dir: Path) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((run_dir / "evaluation" / "metrics.json").read_text())
+def _metrics(evaluation: Path) -> dict[str, Any]:
+    metrics: dict[str, Any] = json.loads((evaluation / "metrics.json").read_text())
     return metrics
 
 
-def _table(run_dir: Path, metrics: Mapping[str, Any]) -> str:
+def _table(evaluation: Path, metrics: Mapping[str, Any]) -> str:
     with quiet():
         table = load("pathalign.evaluate:summary_table")(metrics)
-    return f"{table}\n\nReport: {run_dir / 'evaluation' / 'report.html'}\n{DISCLAIMER}"
+    return f"{table}\n\nReport: {evaluation / 'report.html'}\n{DISCLAIMER}"
 
 
 if __name__ == "__main__":

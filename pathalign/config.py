@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -32,9 +32,14 @@ def option(default: Any, help: str, *, minimum: float | None = None, maximum: fl
 class StageConfig:
     """Base of all stage configurations.
 
+    Attributes:
+        incidental: Settings that decide nothing about what is made, such as how long to wait.
+
     Raises:
         InputError: On construction, with one line for each field that cannot be used.
     """
+
+    incidental: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

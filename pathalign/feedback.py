@@ -41,8 +41,8 @@ def build(config: FeedbackConfig, output_dir: str | Path) -> RunRecord:
             if the place cannot be written to.
     """
     started = time.monotonic()
-    current = current_grades(read_grades(config.grades))
-    candidates = ImageSet.load(config.candidates)
+    current = current_grades([grade for source in config.grades for grade in read_grades(source)])
+    candidates = ImageSet.joined([ImageSet.load(source) for source in config.candidates])
     check_against_candidates(current.grades, candidates)
     ratings = collect_ratings(current.grades, candidates.image_ids, config.unsure)
     plausible = aggregate(ratings, config.aggregation)

@@ -52,7 +52,7 @@ def read_grades(path: str | Path) -> list[Grade]:
             if not entry:
                 continue
             try:
-                grades.append(_parse(entry))
+                grades.append(parse_grade(entry))
             except (ValueError, TypeError) as error:  # InputError, bad JSON and bad UTF-8 are ValueErrors
                 problems.append(f"{file}:{number}: {error}")
     if problems:
@@ -181,7 +181,12 @@ def _check_corrections(by_id: dict[str, Grade], standing: Sequence[Grade]) -> No
         raise InputError(f"Corrections cannot be followed; mend `supersedes` of these grades:\n{_examples(problems)}")
 
 
-def _parse(entry: bytes | dict[str, Any]) -> Grade:
+def parse_grade(entry: bytes | dict[str, Any]) -> Grade:
+    """A grade of a line of JSON or of a parsed row.
+
+    Raises:
+        ValueError: If it is no JSON, a key is missing, unknown or of another type, or the time is not ISO 8601.
+    """
     row = json.loads(entry) if isinstance(entry, bytes) else entry
     if not isinstance(row, dict):
         raise InputError(f"holds a {type(row).__name__}; a grade is a JSON object.")

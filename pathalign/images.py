@@ -84,6 +84,32 @@ class ImageSet:
         rows = [(self.class_ids == class_id).nonzero().flatten()[:count] for class_id in range(len(self.class_names))]
         return self.select(torch.cat(rows))
 
+    @classmethod
+    def joined(cls, sets: Sequence[ImageSet]) -> ImageSet:
+        """Several sets as one, in their order, with the class ids of the first and the columns that all have.
+
+        Raises:
+            InputError: If they differ in their classes or in the size of their images.
+        """
+        first = sets[0]
+        if len(sets) == 1:
+            return first
+        for other in sets[1:]:
+            if set(other.class_names) != set(first.class_names) or other.image_size_px != first.image_size_px:
+                raise InputError(
+                    f"Image sets of {first.image_size_px} px with the classes {list(first.class_names)} and of "
+                    f"{other.image_size_px} px with {list(other.class_names)} cannot be joined; give sets of one model."
+                )
+        ids = [torch.tensor([first.class_names.index(name) for name in part.class_names]) for part in sets]
+        shared = [name for name in first.columns if all(name in part.columns for part in sets)]
+        return cls(
+            images=torch.cat([part.images for part in sets]),
+            class_ids=torch.cat([own[part.class_ids] for own, part in zip(ids, sets, strict=True)]),
+            class_names=first.class_names,
+            image_ids=tuple(image_id for part in sets for image_id in part.image_ids),
+            columns={name: [value for part in sets for value in part.columns[name]] for name in shared},
+        )
+
     def save(self, folder: str | Path, split: str = "train") -> None:
         """Write `data/<split>-00000-of-00001.parquet` below `folder`, images as PNG."""
         import datasets

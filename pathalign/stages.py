@@ -13,8 +13,12 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
+from pathalign.settings.pull import STUDY
+
 SEEDS_PER_RUN = 1_000_000  # Image i has seed `seed + i`: runs whose seeds differ by 1 must not share any
 CANDIDATE_SEED = 500_000  # Graded images must not be the ones that are measured
+MOST_ROUNDS = 10
+SEEDS_PER_ROUND = 50_000  # so that all rounds' candidates fit below the next run's seeds
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Step:
         seed_offset: Added to the stage's seed.
         wanted_as: Setting of a later step that the folder is made for: if none reads it from here, it is not made.
         beside: Defaults of the stage's other steps where this one is made.
+        from_last: Setting -> what of the round before it is filled with, from the second round on. A step that has any
+            is made in every round, with new seeds; see `rounds.py`.
     """
 
     folder: str
@@ -38,11 +44,12 @@ class Step:
     seed_offset: int = 0
     wanted_as: str | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
+    from_last: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def part(self) -> str:
         """Name of the step within a stage of several, also of its own settings in the stage's section."""
-        return self.folder.removeprefix("samples_")
+        return self.folder.rpartition("/")[2].removeprefix("samples_")
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class Stage:
         seed: The configuration's seed from the run's.
         methods: What `method:` in its section chooses from, if there is a choice; `entry` and `settings` are those of
             the one that is chosen, at first the first.
-        method: Name of that method.
+        method: Name of that method; may be empty for the first one, which then was there before there was a choice.
     """
 
     name: str
@@ -98,6 +105,11 @@ METHODS = (
     Method("draft", "pathalign.trainers.draft:align", "pathalign.settings.draft:DraftConfig"),
     Method("dpo", "pathalign.trainers.dpo:align", "pathalign.settings.dpo:DPOConfig"),
 )
+PULL = "pull"  # the method by which experts grade
+GRADE_METHODS = (
+    Method("simulate", "pathalign.grading.simulated:grade", "pathalign.settings.grade:GradeConfig"),
+    Method(PULL, "pathalign.grading.commission:collect", "pathalign.settings.pull:CollectConfig"),
+)
 _PRETRAIN = ("pathalign.trainers.pretrain:pretrain", "pathalign.settings.pretrain:PretrainConfig")
 _GENERATE = ("pathalign.generate:generate", "pathalign.settings.generate:GenerateConfig")
 STAGES: tuple[Stage, ...] = (
@@ -116,14 +128,22 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "generate",
         *_GENERATE,
-        (Step("candidates", {"model": "base"}),),
+        (Step("candidates", {"model": "base"}, from_last={"adapter": "adapter"}),),
         seed=lambda seed: seed * SEEDS_PER_RUN + CANDIDATE_SEED,
     ),
     Stage(
         "grade",
-        "pathalign.grading.simulated:grade",
-        "pathalign.settings.grade:GradeConfig",
-        (Step("grades", {"candidates": "candidates", "grader": "grader"}),),
+        GRADE_METHODS[0].entry,
+        GRADE_METHODS[0].settings,
+        (
+            Step(
+                "grades",
+                {"candidates": "candidates", "grader": "grader", "references": "data"},
+                {"min_grades": 100},
+                from_last={"study": STUDY},
+            ),
+        ),
+        methods=GRADE_METHODS,
     ),
     Stage(
         "feedback",

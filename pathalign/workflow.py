@@ -7,9 +7,6 @@ A step is not run again while its settings and the contents of its inputs are wh
 from __future__ import annotations
 
 import gc
-import json
-import resource
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,15 +16,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pathalign.artefacts import fingerprint, partial_dir, write_atomically
+from pathalign.artefacts import fingerprint
 from pathalign.config import ConfigError, StageConfig, build, read_yaml, unknown_choice, unknown_key
+from pathalign.ledger import Ledger, signature
 from pathalign.progress import say
+from pathalign.rounds import Job, next_round
 from pathalign.schema import InputError, library_versions
 from pathalign.settings.adapter import is_function, weighted_source
-from pathalign.stages import STAGES, Stage, Step, load, stage_names
+from pathalign.settings.pull import STUDY
+from pathalign.stages import MOST_ROUNDS, PULL, STAGES, Stage, Step, load, stage_names
 
-TOP_KEYS = ("output_dir", "seed", "minutes")
-LEDGER_NAME = "stages.json"
+TOP_KEYS = ("output_dir", "seed", "minutes", "rounds")
 RECIPES = Path(__file__).parent / "recipes"
 # What `--minutes` scales, and the least that still is something.
 FLOORS = {
@@ -40,22 +39,6 @@ FLOORS = {
 }
 
 # What is to be done: every configuration is made and checked before anything starts.
-
-
-@dataclass(frozen=True)
-class Job:
-    """A step with its configuration and the folder it makes."""
-
-    stage: Stage
-    step: Step
-    config: StageConfig
-    folder: Path
-
-    @property
-    def label(self) -> str:
-        """Stage, and which part of it where it has several."""
-        alone = len(self.stage.steps) == 1 or self.step.part == self.stage.name
-        return self.stage.name if alone else f"{self.stage.name} ({self.step.part})"
 
 
 def plan(values: Mapping[str, Any], run_dir: Path, title: str = "The configuration") -> list[Job]:
@@ -74,10 +57,13 @@ def plan(values: Mapping[str, Any], run_dir: Path, title: str = "The configurati
     problems = [
         unknown_key(key, [*TOP_KEYS, *stage_names()]) for key in values if key not in {*TOP_KEYS, *stage_names()}
     ]
-    seed = values.get("seed", 0)
+    seed, rounds = values.get("seed", 0), values.get("rounds", 1)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         problems.append(f"`seed` is {seed!r}; it must be a whole number from 0.")
         seed = 0
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= MOST_ROUNDS:
+        problems.append(f"`rounds` is {rounds!r}; it must be a whole number from 1 to {MOST_ROUNDS}.")
+        rounds = 1
     jobs = []
     for stage in STAGES:
         section = values.get(stage.name) or {}
@@ -90,7 +76,7 @@ def plan(values: Mapping[str, Any], run_dir: Path, title: str = "The configurati
             if name not in names:
                 problems.append(f"`{stage.name}`: {unknown_choice('method', name, names)}")
                 continue
-            stage = stage.by(name)
+            stage = stage if name == names[0] else stage.by(name)
         inherited = values.get(stage.inherits or "") or {}
         for step in stage.steps:
             try:
@@ -102,6 +88,10 @@ def plan(values: Mapping[str, Any], run_dir: Path, title: str = "The configurati
     problems += _shared_networks(jobs)
     if problems:
         raise ConfigError(title, dict.fromkeys(problems))
+    first, last = jobs, jobs
+    for number in range(2, rounds + 1):
+        last = next_round(first, last, number, run_dir)
+        jobs = jobs + last
     return jobs
 
 
@@ -194,91 +184,28 @@ def _scale(values: Mapping[str, Any], factor: float) -> dict[str, Any]:
     return scaled
 
 
-# What has been done.
-
-
-class Ledger:
-    """`stages.json`: from what each folder of a run directory was made, and what it held then."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / LEDGER_NAME
-        self.steps: dict[str, dict[str, Any]] = {}
-        self.in_progress: dict[str, str] = {}
-        self.forced_from: str | None = None
-        if self.path.is_file():
-            try:
-                content = json.loads(self.path.read_text())
-                self.steps, self.in_progress = content["steps"], content["in_progress"]
-                self.forced_from = content["forced_from"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{self.path} cannot be read; delete it, and every stage is run again.") from error
-
-    def save(self) -> None:
-        """Write the file, whole or not at all."""
-        content = {"steps": self.steps, "in_progress": self.in_progress, "forced_from": self.forced_from}
-        write_atomically(self.path, json.dumps(content, indent=2) + "\n")
-
-    def force(self, stage: str) -> None:
-        """Forget `stage` and all after it, once: the same command after an interruption goes on instead."""
-        if self.forced_from != stage:
-            for later in STAGES[stage_names().index(stage) :]:
-                for step in later.steps:
-                    self.steps.pop(step.folder, None)
-                    self.in_progress.pop(step.folder, None)
-            self.forced_from = stage
-            self.save()
-
-    def content(self, job: Job, key: str) -> str | None:
-        """Fingerprint of the folder of `job` if it was made from `key` and holds what it held then, else None."""
-        entry = self.steps.get(job.step.folder)
-        if entry is None or entry["key"] != key or not job.folder.is_dir():
-            return None
-        if _signature(job.folder) != entry["signature"] and fingerprint(job.folder) != entry["content"]:
-            return None
-        return str(entry["content"])
-
-    def begin(self, job: Job, key: str) -> None:
-        """Note that `job` is being made; what another configuration left half made is removed."""
-        if self.in_progress.get(job.step.folder) != key:
-            shutil.rmtree(partial_dir(job.folder), ignore_errors=True)
-        self.in_progress[job.step.folder] = key
-        self.save()
-
-    def finish(self, job: Job, key: str, wall_s: float) -> str:
-        """Note that the folder of `job` is complete. Returns its fingerprint."""
-        content = fingerprint(job.folder)
-        self.in_progress.pop(job.step.folder, None)
-        self.steps[job.step.folder] = {
-            "key": key,
-            "content": content,
-            "signature": _signature(job.folder),
-            "wall_s": round(wall_s, 2),
-            "peak_rss_mb": round(peak_rss_mb(), 1),
-        }
-        self.save()
-        return content
-
-
-def _signature(path: Path) -> str:
-    """Hash of names, sizes and times of all files below `path`: says cheaply that nothing has changed."""
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    stats = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
-    return fingerprint([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+# What it is made from.
 
 
 def _key(job: Job, contents: Mapping[str, str]) -> str:
     """Hash of all that decides what a step makes; the run directory's own place is no part of it."""
-    config, inputs = asdict(job.config), {}
+    config = {name: value for name, value in asdict(job.config).items() if name not in job.config.incidental}
+    made = {str(job.run_dir / folder): folder for folder in contents}
+    inputs: dict[str, str] = {}
     for name in (*job.step.inputs, *job.stage.files):
         if name not in config:
             continue  # a method without this input
-        folder = job.step.inputs.get(name)
-        if folder is not None and config[name] == str(job.folder.with_name(folder)):
-            config[name], inputs[name] = folder, contents[folder]
-        elif isinstance(config[name], list):
+        listed = isinstance(config[name], list)
+        if listed and name in job.stage.files:
             inputs |= {f"{name} {source}": _held(weighted_source(source)[0]) or "" for source in config[name]}
-        elif (held := _held(config[name] or "")) is not None:
-            inputs[name] = held
+            continue
+        values = config[name] if listed else [config[name]]
+        for value in values:
+            held = contents[made[value]] if value in made else _held(value or "")
+            if held is not None:
+                inputs[name if len(values) == 1 else f"{name} {made.get(value, value)}"] = held
+        folders = [made.get(value, value) for value in values]
+        config[name] = folders[0] if len(folders) == 1 else folders
     entry = " ".join([job.stage.entry, job.stage.method]).rstrip()
     return fingerprint({"entry": entry, "config": config, "inputs": inputs, "version": _version()})
 
@@ -290,7 +217,7 @@ def _held(source: str) -> str | None:
         module = source.partition(":")[0].replace(".", "/")
         files = (Path(folder, module + ending) for folder in (*sys.path, "") for ending in (".py", "/__init__.py"))
         path = next((file for file in files if file.is_file()), None)
-    return _signature(path) if source and path is not None and path.exists() else None
+    return signature(path) if source and path is not None and path.exists() else None
 
 
 @cache
@@ -312,14 +239,17 @@ class StepResult:
     peak_rss_mb: float
 
 
-def execute(jobs: list[Job], run_dir: Path, start: str | None = None, until: str | None = None) -> list[StepResult]:
+def execute(
+    jobs: list[Job], run_dir: Path, start: str | None = None, until: str | None = None, new_grades: bool = False
+) -> list[StepResult]:
     """Make all folders that are not there yet, or were made from something else.
 
     Args:
         jobs: All jobs, from `plan`.
         run_dir: Directory of the folders; one process at a time may work in it.
-        start: Stage that is run in any case, as all after it are.
-        until: Last stage that is run.
+        start: Stage that is run in any case, as all after it are; in the last round that has it.
+        until: Last stage that is run, in the last round that has it.
+        new_grades: Whether to look for grades that have come since they were taken.
 
     Raises:
         ConfigError: If there is no such stage, or `until` comes before `start`.
@@ -331,23 +261,58 @@ def execute(jobs: list[Job], run_dir: Path, start: str | None = None, until: str
         problems = [f"`{until}` comes before `{start}`; the order is {', '.join(names)}."]
     if problems:
         raise ConfigError("Stages", problems)
-    last = names.index(until) if until else len(names) - 1
-    jobs = [job for job in jobs if names.index(job.stage.name) <= last]
+    forced = jobs[_places(jobs, start)[0] :] if start else []
+    forced += [job for job in jobs if new_grades and job.stage.name == "grade"]
+    jobs = jobs[: _places(jobs, until)[-1] + 1] if until else jobs
     with _locked(run_dir):
         ledger = Ledger(run_dir)
-        if start:
-            ledger.force(start)
+        if forced:
+            ledger.force(
+                " ".join([start or "", "new grades" * new_grades]).strip(), [job.step.folder for job in forced]
+            )
+        held = _held_by_graders(jobs, ledger)
         contents: dict[str, str] = {}
-        results = [_execute(job, f"[{number}/{len(jobs)}]", ledger, contents) for number, job in enumerate(jobs, 1)]
+        results = []
+        for number, job in enumerate(jobs, 1):
+            place = f"[{number}/{len(jobs)}]"
+            results.append(_execute(job, place, ledger, contents, held=job.step.folder in held))
         ledger.forced_from = None
         ledger.save()
     return results
 
 
-def _execute(job: Job, place: str, ledger: Ledger, contents: dict[str, str]) -> StepResult:
+def _places(jobs: list[Job], stage: str) -> list[int]:
+    """Where the steps of a stage stand in the last round that has it."""
+    last = max((job.round for job in jobs if job.stage.name == stage), default=1)
+    return [place for place, job in enumerate(jobs) if job.stage.name == stage and job.round == last]
+
+
+def _held_by_graders(jobs: list[Job], ledger: Ledger) -> set[str]:
+    """Folders that candidates rest on which experts may have seen, and these: other images would be without grades."""
+    by_folder = {job.step.folder: job for job in jobs}
+    given = [getattr(job.config, "candidates", None) for job in jobs if job.stage.method == PULL]
+    waiting = [
+        name
+        for name, job in by_folder.items()
+        if str(job.folder) in given and name in ledger.steps and (job.folder.parent / STUDY).is_file()
+    ]
+    held: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in by_folder and name not in held:
+            held.add(name)
+            waiting += by_folder[name].step.inputs.values()
+    return held
+
+
+def _execute(job: Job, place: str, ledger: Ledger, contents: dict[str, str], held: bool = False) -> StepResult:
     name, key = job.step.folder, _key(job, contents)
-    kept = ledger.content(job, key)
-    if kept is not None:
+    kept = ledger.content(job, key) or (ledger.content(job) if held else None)
+    if kept is not None and ledger.steps[name]["key"] != key:
+        why = "kept, though settings or inputs have changed: images that graders have rest on it"
+        say(f"{place} {job.label}: {why} (another `--output-dir` starts afresh)")
+        contents[name] = kept
+    elif kept is not None:
         say(f"{place} {job.label}: unchanged, not run again")
         contents[name] = kept
     else:
@@ -381,9 +346,3 @@ def _locked(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def peak_rss_mb() -> float:
-    """Largest resident memory that this process has had, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024**2 if sys.platform == "darwin" else 1024)

@@ -20,9 +20,10 @@ from pathalign.stages import STAGES, stage_names
 PROJECT = Path(__file__).resolve().parents[1]
 COMMANDS = ["data", "pretrain", "generate", "grade", "grade fit", "grade simulate", "feedback", "reward", "align"]
 COMMANDS += ["evaluate", "run", "demo", "grade serve", "grade invite", "grade export", "grade import"]
-COMMANDS += ["feedback compact"]
+COMMANDS += ["feedback compact", "feedback pull"]
 COMMANDS += ["space", "space deploy", "space logs", "space restart", "space pause"]
-NO_STAGES = ["grade", "run", "demo", "grade serve", "grade invite", "grade export", "grade import", "feedback compact"]
+NO_STAGES = ["grade", "run", "demo", "grade serve", "grade invite", "grade export", "grade import"]
+NO_STAGES += ["feedback compact", "feedback pull"]
 NO_STAGES += ["space", "space deploy", "space logs", "space restart", "space pause"]
 
 
@@ -207,7 +208,7 @@ def fake_execute(monkeypatch, fake_stage):
     """Replaces the work of `run` and `demo`: the evaluation's files appear; yields the jobs."""
     seen: dict = {}
 
-    def execute(jobs, run_dir, start=None, until=None):
+    def execute(jobs, run_dir, start=None, until=None, new_grades=False):
         seen.update(jobs={job.step.folder: job.config for job in jobs}, run_dir=run_dir, start=start, until=until)
         print("a library talks on stdout")
         (run_dir / "evaluation").mkdir(parents=True)
@@ -267,6 +268,21 @@ def test_run_takes_overrides_and_stages_and_prints_json(fake_execute, tmp_path):
     jobs = fake_execute["jobs"]
     assert (jobs["base"].steps, jobs["base"].learning_rate, jobs["samples_best_of_n"].best_of) == (5, 1e-4, 2)
     assert (fake_execute["start"], fake_execute["until"]) == ("align", None)
+
+
+def test_run_takes_rounds_and_the_grades_to_wait_for(fake_execute, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("grade: {method: pull, source: lab/grades}\n")
+    result = invoke(
+        "run", str(path), "--output-dir", str(tmp_path / "r"), "--rounds", "2", "--min-grades", "7", "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    jobs = fake_execute["jobs"]
+    assert (jobs["round-2/grades"].min_grades, jobs["round-2/grades"].source) == (7, "lab/grades")
+    path.write_text("{}")
+    for option in (["--min-grades", "7"], ["--new-grades"]):
+        result = invoke("run", str(path), "--output-dir", str(tmp_path / "r"), *option)
+        assert result.exit_code == 2 and "set `grade.method=pull`" in result.stderr and option[0] in result.stderr
 
 
 def test_every_stage_has_a_command_or_is_one_of_another_stage():

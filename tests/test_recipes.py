@@ -107,7 +107,8 @@ def test_a_training_configuration_is_accepted_and_writes_where_the_next_one_read
     assert values.pop("output_dir") == f"{run_dir}/{folder}"
     config = asdict(build(load(stage(stage_name).settings), values))
     step = next(step for step in stage(stage_name).steps if step.folder == folder)
-    assert {name: config[name] for name in step.inputs if name in config} == {
+    read = {name: config[name] for name in step.inputs if name in config}
+    assert {name: value[0] if isinstance(value, list) else value for name, value in read.items()} == {
         name: f"{run_dir}/{source}" for name, source in step.inputs.items() if name in config
     }
 

@@ -15,8 +15,8 @@ import pytest
 from test_loop import FOLDERS, write_config
 
 from pathalign.images import ImageSet
+from pathalign.ledger import LEDGER_NAME
 from pathalign.schema import RunRecord
-from pathalign.workflow import LEDGER_NAME
 
 KILLS = 10
 COMMAND = "import torch; torch.set_num_threads(1); from pathalign.cli import main; main()"

@@ -16,6 +16,7 @@ import pytest
 from pathalign import stages, workflow
 from pathalign.artefacts import artefact, partial_dir
 from pathalign.config import ConfigError, StageConfig, option, parse_overrides
+from pathalign.ledger import LEDGER_NAME
 from pathalign.schema import InputError
 from pathalign.stages import Stage, Step
 
@@ -278,14 +279,14 @@ def test_a_run_directory_that_cannot_be_made_is_explained(loop, tmp_path):
 
 def test_an_unreadable_ledger_is_explained(loop):
     loop(until="data")
-    (loop.run_dir / workflow.LEDGER_NAME).write_text("{")
+    (loop.run_dir / LEDGER_NAME).write_text("{")
     with pytest.raises(InputError, match="delete it"):
         loop()
 
 
 def test_the_ledger_tells_time_and_memory_of_each_step(loop):
     loop()
-    steps = json.loads((loop.run_dir / workflow.LEDGER_NAME).read_text())["steps"]
+    steps = json.loads((loop.run_dir / LEDGER_NAME).read_text())["steps"]
     assert sorted(steps) == sorted(ALL)
     assert all(entry["wall_s"] >= 0 and entry["peak_rss_mb"] > 1 for entry in steps.values())
 

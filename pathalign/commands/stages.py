@@ -24,11 +24,13 @@ def stage_command(name: str, stage: str, output_dir: str) -> click.Command:
     """Make the subcommand of a stage.
 
     Args:
-        name: What the user types.
+        name: What the user types; a method's name makes the command of that method.
         stage: Its name in `STAGES`.
         output_dir: Default folder of what it makes; `{role}` is filled in from the settings.
     """
     entry = next(item for item in STAGES if item.name == stage)
+    if name in {method.name for method in entry.methods}:
+        return command_of(name, entry.by(name), output_dir)
     if entry.methods:
         return MethodCommand(name, entry, output_dir)
     return command_of(name, entry, output_dir)

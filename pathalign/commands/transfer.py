@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pathalign.commands.printing import JSON_HELP, print_result, quiet
-from pathalign.config import ConfigError
+from pathalign.config import ConfigError, build
+from pathalign.options import given_settings, setting_options
 from pathalign.schema import DISCLAIMER, VERDICTS
+from pathalign.settings.pull import PullConfig
 
 if TYPE_CHECKING:
     from pathalign.schema import RunRecord
@@ -134,3 +136,41 @@ def compact_command(source: str, output: Path, kind: str, as_json: bool) -> None
 
         made = compact(source, output, kind)
     print_result(asdict(made), as_json, f"{made.rows} rows, {made.duplicates} duplicates left out: {made.path}")
+
+
+def _pull(source: str, folder: Path, as_json: bool, **options: Any) -> None:
+    config = build(PullConfig, {"source": source, **given_settings(options)}, title="pathalign feedback pull")
+    with quiet():
+        from pathalign.grading.pull import next_command, pull, summary
+
+        record = pull(config, folder)
+    result = {**asdict(record), "output_dir": str(folder), "next": next_command(record, folder)}
+    print_result(result, as_json, f"{summary(record, folder)}\nNext: {result['next']}")
+
+
+pull_command = click.Command(
+    "pull",
+    callback=_pull,
+    params=[
+        click.Argument(["source"], metavar="REPO_OR_FOLDER"),
+        *(option for option in setting_options(PullConfig) if option.name != "source"),
+        click.Option(
+            ["--output-dir", "folder"],
+            type=click.Path(path_type=Path),
+            default="runs/grades",
+            show_default=True,
+            help="Folder that is made, or made anew with what has come since.",
+        ),
+        click.Option(["--json", "as_json"], is_flag=True, help=JSON_HELP),
+    ],
+    help=f"""Merge the grades that graders have sent into one folder for `pathalign feedback --grades`.
+
+    REPO_OR_FOLDER is where a study's grades go: OWNER/NAME or hf://datasets/OWNER/NAME of a Hub dataset, or a folder.
+    The files of all servers are read at one commit, and only those that are new are fetched. A row that was sent twice
+    counts once, and a correction replaces what it corrects. With `--min-grades` it waits. Run it again for what has
+    come since.
+
+    Graders are named by pseudonyms. The files as they were sent, comments among them, stay beside the folder, hidden
+    and readable by you only, for the next pull. {DISCLAIMER}""",
+    short_help="Merge the grades of all servers of a study, from the Hub or a folder.",
+)

@@ -132,7 +132,11 @@ def summary_table(metrics: dict[str, Any]) -> str:
     for row in ROWS:
         values = [cell(row, sets.get(name))["value"].replace(NOT_MEASURED, "-") for name in SET_TITLES]
         lines.append(f"{row.title:20}" + "".join(f"{value:>12}" for value in values))
-    lines += ["", headline(metrics), "- is not measured. Judge and graders are simulated. " + DISCLAIMER]
+    lines += [
+        "",
+        headline(metrics),
+        "- is not measured. The judge and the grader of this table are simulated. " + DISCLAIMER,
+    ]
     return "\n".join([warning, "", *lines] if (warning := hacking_warning(metrics)) else lines)
 
 

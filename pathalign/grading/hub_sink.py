@@ -68,14 +68,15 @@ class HubSink:
 
         self._call(commit)
 
-    def read(self, path: str) -> bytes | None:
-        """Download a file, past all caches of this machine."""
+    def read(self, path: str, revision: str | None = None) -> bytes | None:
+        """Download a file, past all caches of this machine; as it is now, or at a commit."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.errors import EntryNotFoundError
         from huggingface_hub.utils import get_session, hf_raise_for_status
 
         def download() -> bytes | None:
-            url = hf_hub_url(self.repo_id, path, repo_type="dataset", endpoint=self._api.endpoint)
+            where = {"repo_type": "dataset", "revision": revision, "endpoint": self._api.endpoint}
+            url = hf_hub_url(self.repo_id, path, **where)
             headers = self._api._build_hf_headers() | {"Cache-Control": "no-cache"}
             response = get_session().get(url, headers=headers, follow_redirects=True)
             try:
@@ -110,9 +111,7 @@ class HubSink:
         found = self._api.get_paths_info(self.repo_id, [path], repo_type="dataset")
         if not found:
             return False
-        blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-        lfs = getattr(found[0], "lfs", None)
-        same = lfs.sha256 == hashlib.sha256(content).hexdigest() if lfs else getattr(found[0], "blob_id", "") == blob
+        same = has_id(content, content_id(found[0]))
         if not same:
             raise SinkConflict(
                 f"{self.repo_id} has other bytes at {path} than those to keep; move that file away there."
@@ -159,6 +158,19 @@ class HubSink:
             404: "There is no such dataset, or the token may not see it: create it, or mend `sink`.",
         }.get(status, "Look at the dataset's page, or mend `sink`.")
         return SinkRefused(f"The Hub answered {status} for the dataset {self.repo_id}. {advice}")
+
+
+def content_id(entry: Any) -> str:
+    """What tells the content of a file in a listing: SHA-256 of a large one, else git's id."""
+    lfs = getattr(entry, "lfs", None)
+    return str(lfs.sha256 if lfs else getattr(entry, "blob_id", ""))
+
+
+def has_id(content: bytes, identifier: str) -> bool:
+    """Whether these bytes are those that a listing calls by this id."""
+    if len(identifier) == 64:
+        return hashlib.sha256(content).hexdigest() == identifier
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == identifier
 
 
 def _retry_after_s(headers: Any) -> float | None:

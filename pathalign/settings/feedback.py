@@ -12,8 +12,12 @@ from pathalign.config import StageConfig, option
 class FeedbackConfig(StageConfig):
     """Turn raw grades into a feedback dataset."""
 
-    candidates: str = option("runs/candidates", "Candidate set that was graded: a folder or Hub id.")
-    grades: str = option("runs/grades", "Grades: a .jsonl file, or a folder with .jsonl files.")
+    candidates: list[str] = option(
+        ["runs/candidates"], "Candidate set that was graded: a folder or Hub id. Of several rounds give all."
+    )
+    grades: list[str] = option(
+        ["runs/grades"], "Grades: a .jsonl file, or a folder with .jsonl files. Of several rounds give all."
+    )
     aggregation: Literal["majority", "dawid-skene"] = option(
         "majority",
         "How several graders become one label: the share that said plausible, or the probability of plausible given "
@@ -32,9 +36,21 @@ class FeedbackConfig(StageConfig):
     bootstrap_samples: int = option(500, "Resamples behind each interval of agreement.", minimum=100, maximum=100_000)
     seed: int = option(0, "Seed of splits and intervals.", minimum=0)
 
+    def __post_init__(self) -> None:
+        """One set may be given as plain text."""
+        for name in ("candidates", "grades"):
+            if isinstance(value := getattr(self, name), str):
+                setattr(self, name, [value])
+        super().__post_init__()
+
     def problems(self) -> list[str]:
-        """Something must be left to train on."""
+        """Something must be there, and left to train on."""
+        found = [
+            f"`{name}` is empty; name at least one." for name in ("candidates", "grades") if not getattr(self, name)
+        ]
         held_out = self.validation_share + self.test_share
         if held_out > 0.8:
-            return [f"`validation_share` and `test_share` add up to {held_out:.2f}; leave at least 0.2 for training."]
-        return []
+            found.append(
+                f"`validation_share` and `test_share` add up to {held_out:.2f}; leave at least 0.2 for training."
+            )
+        return found

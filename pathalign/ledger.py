@@ -1,0 +1,99 @@
+"""The ledger of a run directory, `stages.json`: from what each folder was made, and what it held then."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pathalign.artefacts import fingerprint, partial_dir, write_atomically
+from pathalign.rounds import Job
+from pathalign.schema import InputError
+
+LEDGER_NAME = "stages.json"
+
+
+class Ledger:
+    """`stages.json`: from what each folder of a run directory was made, and what it held then."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / LEDGER_NAME
+        self.steps: dict[str, dict[str, Any]] = {}
+        self.in_progress: dict[str, str] = {}
+        self.forced_from: str | None = None
+        if self.path.is_file():
+            try:
+                content = json.loads(self.path.read_text())
+                self.steps, self.in_progress = content["steps"], content["in_progress"]
+                self.forced_from = content["forced_from"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{self.path} cannot be read; delete it, and every stage is run again.") from error
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        content = {"steps": self.steps, "in_progress": self.in_progress, "forced_from": self.forced_from}
+        write_atomically(self.path, json.dumps(content, indent=2) + "\n")
+
+    def force(self, asked: str, folders: Iterable[str]) -> None:
+        """Forget folders, once: the same command after an interruption goes on instead.
+
+        Args:
+            asked: What was asked for; the same text again changes nothing until the run has ended well.
+            folders: Names of the folders that are made in any case.
+        """
+        if self.forced_from != asked:
+            for folder in folders:
+                self.steps.pop(folder, None)
+                self.in_progress.pop(folder, None)
+            self.forced_from = asked
+            self.save()
+
+    def content(self, job: Job, key: str | None = None) -> str | None:
+        """Fingerprint of the folder of `job` if it was made from `key` and holds what it held then, else None.
+
+        Without a key, what it was made from does not matter.
+        """
+        entry = self.steps.get(job.step.folder)
+        if entry is None or (key is not None and entry["key"] != key) or not job.folder.is_dir():
+            return None
+        if signature(job.folder) != entry["signature"] and fingerprint(job.folder) != entry["content"]:
+            return None
+        return str(entry["content"])
+
+    def begin(self, job: Job, key: str) -> None:
+        """Note that `job` is being made; what another configuration left half made is removed."""
+        if self.in_progress.get(job.step.folder) != key:
+            shutil.rmtree(partial_dir(job.folder), ignore_errors=True)
+        self.in_progress[job.step.folder] = key
+        self.save()
+
+    def finish(self, job: Job, key: str, wall_s: float) -> str:
+        """Note that the folder of `job` is complete. Returns its fingerprint."""
+        content = fingerprint(job.folder)
+        self.in_progress.pop(job.step.folder, None)
+        self.steps[job.step.folder] = {
+            "key": key,
+            "content": content,
+            "signature": signature(job.folder),
+            "wall_s": round(wall_s, 2),
+            "peak_rss_mb": round(peak_rss_mb(), 1),
+        }
+        self.save()
+        return content
+
+
+def signature(path: Path) -> str:
+    """Hash of names, sizes and times of all files below `path`: says cheaply that nothing has changed."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
+    return fingerprint([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory that this process has had, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024**2 if sys.platform == "darwin" else 1024)
