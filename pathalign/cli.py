@@ -18,10 +18,10 @@ import click
 
 from pathalign.commands import serving, transfer
 from pathalign.commands.printing import JSON_HELP, print_result, printed, quiet
-from pathalign.commands.stages import stage_command, with_subcommands
+from pathalign.commands.stages import command_of, stage_command, with_subcommands
 from pathalign.config import ConfigError, parse_overrides, read_yaml
 from pathalign.schema import DISCLAIMER, InputError
-from pathalign.stages import METHODS, load
+from pathalign.stages import METHODS, SCORE, load
 from pathalign.workflow import StepResult, execute, merge, peak_rss_mb, plan, recipe
 
 INTERRUPTED = "Interrupted. Run the same command again to go on where it was."
@@ -87,7 +87,9 @@ main.add_command(grade)
 feedback = with_subcommands(stage_command("feedback", "feedback", "runs/feedback"))
 feedback.add_command(transfer.compact_command)
 main.add_command(feedback)
-main.add_command(stage_command("reward", "reward", "runs/reward"))
+reward = with_subcommands(stage_command("reward", "reward", "runs/reward"))
+reward.add_command(command_of("score", SCORE, "runs/scores"))
+main.add_command(reward)
 main.add_command(stage_command("align", "align", "runs/adapter"))
 main.add_command(stage_command("evaluate", "evaluate", "runs/evaluation"))
 

@@ -111,11 +111,11 @@ def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
     set_scheduler(pipeline, config.scheduler)
     reward_model = RewardModel.from_pretrained(config.reward_model).to(device) if config.reward_model else None
     labels = [pipeline.class_names.index(name) for name in names for _ in range(config.images_per_class)]
-    inputs = {"model": _revision(config.model, config.revision)}
+    inputs = {"model": revision_of(config.model, config.revision)}
     if config.adapter is not None:
-        inputs["adapter"] = _revision(config.adapter, None)
+        inputs["adapter"] = revision_of(config.adapter, None)
     if config.reward_model is not None:
-        inputs["reward_model"] = _revision(config.reward_model, None)
+        inputs["reward_model"] = revision_of(config.reward_model, None)
     record = RunRecord(
         stage="generate",
         config=asdict(config),
@@ -261,6 +261,19 @@ def _best_batch(
     return best
 
 
+def known_ids(reward_model: ImageReward, class_ids: Sequence[int], class_names: Sequence[str]) -> Tensor:
+    """The reward model's own ids of classes that are named otherwise here, shape `(n,)`.
+
+    Raises:
+        InputError: If it does not know one of the classes.
+    """
+    known = list(reward_model.config.class_names)
+    missing = sorted({class_names[class_id] for class_id in class_ids} - set(known))
+    if missing:
+        raise InputError(f"The reward model does not know the classes {missing}; it was trained on {known}.")
+    return torch.tensor([known.index(class_names[class_id]) for class_id in class_ids])
+
+
 @torch.no_grad()
 def score(reward_model: ImageReward, images: Tensor, class_ids: Sequence[int], class_names: Sequence[str]) -> Tensor:
     """Rewards of uint8 images `(n, 3, size, size)`, shape `(n,)`, on the CPU; `class_ids` index `class_names`.
@@ -268,11 +281,7 @@ def score(reward_model: ImageReward, images: Tensor, class_ids: Sequence[int], c
     Raises:
         InputError: If the reward model does not know one of the classes.
     """
-    known = list(reward_model.config.class_names)
-    missing = sorted({class_names[class_id] for class_id in class_ids} - set(known))
-    if missing:
-        raise InputError(f"The reward model does not know the classes {missing}; it was trained on {known}.")
-    ids = torch.tensor([known.index(class_names[class_id]) for class_id in class_ids], device=reward_model.device)
+    ids = known_ids(reward_model, class_ids, class_names).to(reward_model.device)
     pixel_values = to_pixel_values(images).to(reward_model.device)
     parts = [
         reward_model.rewards(pixels, part) for pixels, part in zip(pixel_values.split(250), ids.split(250), strict=True)
@@ -280,7 +289,7 @@ def score(reward_model: ImageReward, images: Tensor, class_ids: Sequence[int], c
     return torch.cat(parts).cpu()
 
 
-def _revision(path_or_repo_id: str, revision: str | None) -> str:
+def revision_of(path_or_repo_id: str, revision: str | None) -> str:
     """What tells one version of a model from another: a content hash, or the Hub revision asked for."""
     folder = Path(path_or_repo_id)
     return fingerprint(folder) if folder.is_dir() else f"{path_or_repo_id}@{revision or 'main'}"

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -88,28 +87,28 @@ class ImageSet:
         rows = [(self.class_ids == class_id).nonzero().flatten()[:count] for class_id in range(len(self.class_names))]
         return self.select(torch.cat(rows))
 
-    def save(self, folder: str | Path, split: str = "train", shard: tuple[int, int] = (0, 1)) -> None:
+    def save(
+        self, folder: str | Path, split: str = "train", shard: tuple[int, int] = (0, 1), with_images: bool = True
+    ) -> None:
         """Write `data/<split>-00000-of-00001.parquet` below `folder`, images as PNG; the file appears whole.
 
         Args:
             folder: Made if need be.
             split: Name of the split.
             shard: Which of how many files this is, where the set is one part of a larger one.
+            with_images: Whether the images go into the file, or their ids and columns only.
         """
         import datasets
 
-        features = datasets.Features(
-            {
-                "image": datasets.Image(),
-                "image_id": datasets.Value("string"),
-                "label": datasets.ClassLabel(names=list(self.class_names)),
-            }
-        )
-        rows: dict[str, list[Any]] = {
-            "image": [Image.fromarray(image) for image in self.images.permute(0, 2, 3, 1).numpy()],
-            "image_id": list(self.image_ids),
-            "label": self.class_ids.tolist(),
+        features = {
+            "image_id": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=list(self.class_names)),
         }
+        rows: dict[str, list[Any]] = {"image_id": list(self.image_ids), "label": self.class_ids.tolist()}
+        if with_images:
+            features = {"image": datasets.Image(), **features}
+            images = [Image.fromarray(image) for image in self.images.permute(0, 2, 3, 1).numpy()]
+            rows = {"image": images, **rows}
         extra = datasets.Dataset.from_dict(self.columns).features if self.columns else {}
         table = datasets.Dataset.from_dict({**rows, **self.columns}, features=datasets.Features({**features, **extra}))
         path = Path(folder) / "data" / shard_name(split, *shard)
@@ -147,8 +146,9 @@ class ImageSet:
         cls, path_or_repo_id: str | Path, split: str = "train", revision: str | None = None
     ) -> Iterator[ImageSet]:
         """The same one file after another, for sets that are larger than the memory; errors as in `load`."""
-        for path in dataset_shards(path_or_repo_id, split, revision):
-            yield cls.read(path())
+        found = dataset_shards(path_or_repo_id, split, revision)
+        for index in range(len(found)):
+            yield cls.read(found.path(index))
 
     @classmethod
     def read(cls, path: Path) -> ImageSet:
@@ -199,33 +199,53 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
         raise InputError(f"{path} cannot be read as parquet ({error}); fetch it again or make it anew.") from error
 
 
-def dataset_shards(
-    path_or_repo_id: str | Path, split: str = "train", revision: str | None = None
-) -> list[Callable[[], Path]]:
-    """The files of a split in their order. Each is a function that gives its path, and fetches it first from a Hub.
+@dataclass(frozen=True)
+class Shards:
+    """The files of one split, in their order.
+
+    Attributes:
+        source: Folder or Hub dataset.
+        names: Their paths in it.
+        revision: Commit of the Hub dataset, or what was asked for where the Hub cannot be reached.
+    """
+
+    source: str | Path
+    names: tuple[str, ...]
+    revision: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        """One file, downloaded first from a Hub; errors as in `dataset_file`."""
+        return dataset_file(self.source, self.names[index], self.revision)
+
+
+def dataset_shards(path_or_repo_id: str | Path, split: str = "train", revision: str | None = None) -> Shards:
+    """Find the files of a split in a folder or Hub dataset; a download starts when one is opened.
 
     Raises:
         InputError: If there is no such folder, repo or split, or a shard is missing.
     """
-    single = f"data/{shard_name(split, 0, 1)}"
     folder = Path(path_or_repo_id)
     if folder.is_dir():
         names, commit = [f"data/{path.name}" for path in (folder / "data").glob(f"{split}-*.parquet")], revision
     else:
         names, commit = _hub_files(str(path_or_repo_id), revision)
-    pattern = re.compile(rf"data/{re.escape(split)}-(\d{{5}})-of-(\d{{5}})\.parquet")
-    found = sorted(name for name in names if pattern.fullmatch(name))
-    counts = sorted({int(pattern.sub(r"\2", name)) for name in found})
-    if len(counts) > 1:
-        raise InputError(f"{path_or_repo_id} holds files of {counts} shards of {split!r}; leave those of one set.")
+    pattern = re.compile(rf"data/{re.escape(split)}-\d{{5,}}-of-(\d{{5,}})\.parquet")
+    counts = sorted({int(found[1]) for name in names if (found := pattern.fullmatch(name))})
     if not counts:
-        return [partial(Path, dataset_file(path_or_repo_id, single, revision))]
-    wanted = [f"data/{shard_name(split, index, counts[0])}" for index in range(counts[0])]
-    if missing := [name for name in wanted if name not in found]:
+        single = f"data/{shard_name(split, 0, 1)}"
+        dataset_file(path_or_repo_id, single, revision)  # says what is wrong, or finds it in the cache
+        return Shards(path_or_repo_id, (single,), revision)
+    if len(counts) > 1:
+        raise InputError(f"{path_or_repo_id} holds the shards of several sets of {split!r}, of {counts}: keep one set.")
+    wanted = tuple(f"data/{shard_name(split, index, counts[0])}" for index in range(counts[0]))
+    if missing := [name for name in wanted if name not in names]:
         raise InputError(
             f"{path_or_repo_id} lacks {len(missing)} of {len(wanted)} shards, such as {missing[0]}; fetch or make them."
         )
-    return [partial(dataset_file, path_or_repo_id, name, commit) for name in wanted]
+    return Shards(path_or_repo_id, wanted, commit)
 
 
 def _hub_files(repo_id: str, revision: str | None) -> tuple[list[str], str | None]:
@@ -234,25 +254,22 @@ def _hub_files(repo_id: str, revision: str | None) -> tuple[list[str], str | Non
     Whoever opens a file of it then says why.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+    from huggingface_hub.errors import HFValidationError, HTTPError, RevisionResolutionError
 
+    where = {"repo_type": "dataset", "allow_patterns": "data/*.parquet", "local_files_only": True}
+    api = HfApi()
     try:
-        info = HfApi().dataset_info(repo_id, revision=revision)
-        return [entry.rfilename for entry in info.siblings or []], info.sha
-    except (HfHubHTTPError, HFValidationError):
+        commit = api.resolve_revision(repo_id, repo_type="dataset", revision=revision).resolved
+    except (HTTPError, HFValidationError, RevisionResolutionError):
         return [], revision
+    try:
+        return api.list_repo_files(repo_id, repo_type="dataset", revision=commit), commit
     except (HTTPError, OSError):  # no connection
         try:
-            cached = snapshot_download(
-                repo_id,
-                repo_type="dataset",
-                revision=revision,
-                allow_patterns="data/*.parquet",
-                local_files_only=True,
-            )
+            cached = Path(str(snapshot_download(repo_id, revision=commit, **where)))  # type: ignore[call-overload]
         except OSError:
-            return [], revision
-        return [f"data/{path.name}" for path in (Path(cached) / "data").glob("*.parquet")], revision
+            return [], commit
+        return [f"data/{path.name}" for path in (cached / "data").glob("*.parquet")], commit
 
 
 def dataset_file(path_or_repo_id: str | Path, name: str, revision: str | None = None) -> Path:

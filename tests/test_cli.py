@@ -21,6 +21,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 COMMANDS = ["data", "pretrain", "generate", "grade", "grade fit", "grade simulate", "feedback", "reward", "align"]
 COMMANDS += ["evaluate", "run", "demo", "grade serve", "grade invite", "grade export", "grade import"]
 COMMANDS += ["feedback compact"]
+COMMANDS += ["reward score"]
 NO_STAGES = ["grade", "run", "demo", "grade serve", "grade invite", "grade export", "grade import", "feedback compact"]
 
 

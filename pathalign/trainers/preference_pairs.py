@@ -49,7 +49,8 @@ def read_preferences(path_or_repo_id: str | Path, class_names: Sequence[str], im
     import datasets
     import pyarrow
 
-    table = pyarrow.concat_tables([read_table(path()) for path in dataset_shards(path_or_repo_id)])
+    shards = dataset_shards(path_or_repo_id)
+    table = pyarrow.concat_tables([read_table(shards.path(index)) for index in range(len(shards))])
     missing = sorted({"chosen", "rejected", "label"} - set(table.column_names))
     if missing:
         raise InputError(
