@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
 import torch
 from hub import serve
@@ -29,8 +27,10 @@ from pathalign.reward import RewardModel, RewardModelConfig
 from pathalign.schema import InputError, RunRecord
 from pathalign.scoring import score_set
 from pathalign.settings.generate import GenerateConfig
+from pathalign.settings.pretrain import PretrainConfig
 from pathalign.settings.score import ScoreConfig
 from pathalign.shards import Process
+from pathalign.trainers.pretrain import new_pipeline
 
 PROJECT = Path(__file__).resolve().parents[1]
 NAMES = [shard_name("train", index, 4) for index in range(4)]
@@ -329,3 +329,78 @@ def test_a_class_that_the_reward_model_does_not_know_is_named(
     replace(tiny_images, class_names=("a", "b", "z")).save(tmp_path / "set")
     with pytest.raises(InputError, match=r"does not know the classes \['z'\]"):
         score_set(ScoreConfig(candidates=str(tmp_path / "set"), reward_model=reward_model), tmp_path / "scores")
+
+
+# Real processes.
+
+
+def launch(processes: int, *arguments: str, cwd: Path) -> subprocess.Popen:
+    """The command line in so many processes, which do not know each other but by their numbers."""
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += ["-m", "pathalign.cli", *arguments, "--json"]
+    return subprocess.Popen(command, env=environment, cwd=cwd, stdout=subprocess.PIPE, text=True)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL for a launcher and all that it started: nobody can tidy up."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        each.kill()
+    process.wait()
+
+
+def killed_and_started_again(folder: Path, after: int, *arguments: str) -> tuple[dict[str, int], dict]:
+    """Kill two processes once they have made `after` shards, and start them again.
+
+    Returns:
+        Inodes of the shards that were there when they were killed, and what the second launch printed.
+    """
+    command = (*arguments, "--output-dir", str(folder))
+    process = launch(2, *command, cwd=folder.parent)
+    checkpoints = partial_dir(folder) / "checkpoints"
+    while len(list(checkpoints.glob("*/data/*.parquet"))) < after:
+        assert process.poll() is None
+        time.sleep(0.02)
+    kill(process)
+    assert not folder.exists()
+    kept = {path.name: path.stat().st_ino for path in checkpoints.glob("*/data/*.parquet")}
+    process = launch(2, *command, cwd=folder.parent)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return kept, json.loads(output)
+
+
+@pytest.mark.slow
+def test_two_killed_processes_make_and_score_20000_images_as_one_does(tmp_path: Path):
+    classes = ("a", "b", "c", "d")
+    settings = PretrainConfig(block_out_channels=[8, 8], attention_levels=[], layers_per_block=1)
+    new_pipeline(settings, 32, classes).save_pretrained(tmp_path / "model")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = RewardModel(RewardModelConfig(class_names=list(classes), criteria=["size"], convnet_channels=[8, 8]))
+        model.save_with_processor(tmp_path / "reward")
+    config = GenerateConfig(
+        model=str(tmp_path / "model"), images_per_class=5000, inference_steps=2, images_per_shard=1000
+    )
+    arguments = ["generate", "--model", config.model, "--images-per-class", "5000", "--inference-steps", "2"]
+    kept, printed = killed_and_started_again(tmp_path / "two", 5, *arguments, "--images-per-shard", "1000")
+    assert 5 <= len(kept) < 20
+    assert {name: (tmp_path / "two" / "data" / name).stat().st_ino for name in kept} == kept  # not drawn again
+    generate(config, tmp_path / "one")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    rows = [
+        row
+        for part in ImageSet.shards(tmp_path / "two")
+        for row in zip(part.columns["seed"], part.labels(), strict=True)
+    ]
+    assert rows == [(row, classes[row // 5000]) for row in range(20_000)]
+    assert printed["metrics"] == RunRecord.load(tmp_path / "one").metrics and printed["metrics"]["n"] == 20_000
+
+    scoring = ScoreConfig(candidates=str(tmp_path / "two"), reward_model=str(tmp_path / "reward"))
+    arguments = ["reward", "score", "--candidates", scoring.candidates, "--reward-model", scoring.reward_model]
+    kept, printed = killed_and_started_again(tmp_path / "two_scores", 5, *arguments)
+    assert 5 <= len(kept) < 20
+    assert {name: (tmp_path / "two_scores" / "data" / name).stat().st_ino for name in kept} == kept
+    record = score_set(scoring, tmp_path / "one_scores")
+    assert contents(tmp_path / "two_scores") == contents(tmp_path / "one_scores")
+    assert printed["metrics"] == record.metrics and record.metrics["n"] == 20_000
