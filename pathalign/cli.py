@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from pathalign.commands import serving, transfer
+from pathalign.commands import jobs, serving, transfer
 from pathalign.commands.printing import JSON_HELP, print_result, printed, quiet
 from pathalign.commands.stages import command_of, stage_command, with_subcommands
 from pathalign.config import ConfigError, parse_overrides, read_yaml
@@ -92,6 +92,7 @@ reward.add_command(command_of("score", SCORE, "runs/scores"))
 main.add_command(reward)
 main.add_command(stage_command("align", "align", "runs/adapter"))
 main.add_command(stage_command("evaluate", "evaluate", "runs/evaluation"))
+main.add_command(jobs.jobs)
 
 
 @main.command("run")

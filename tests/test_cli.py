@@ -21,8 +21,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 COMMANDS = ["data", "pretrain", "generate", "grade", "grade fit", "grade simulate", "feedback", "reward", "align"]
 COMMANDS += ["evaluate", "run", "demo", "grade serve", "grade invite", "grade export", "grade import"]
 COMMANDS += ["feedback compact"]
-COMMANDS += ["reward score"]
+COMMANDS += ["reward score", "jobs", "jobs run", "jobs logs", "jobs cancel", "jobs execute"]
 NO_STAGES = ["grade", "run", "demo", "grade serve", "grade invite", "grade export", "grade import", "feedback compact"]
+NO_STAGES += ["jobs", "jobs run", "jobs logs", "jobs cancel", "jobs execute"]
 
 
 def invoke(*arguments: str):

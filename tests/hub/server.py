@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hub.faults import Fault, Faults
 from hub.files import file_routes
+from hub.jobs import job_routes
 from hub.store import HubError, Store
 from hub.web import KINDS, authorized, find_repo, json_body, revision_of, token_of
 
@@ -172,6 +173,7 @@ def make_app(store: Store) -> Faults:
         Route("/api/whoami-v2", whoami),
         Route("/api/validate-yaml", validate_yaml, methods=["POST"]),
         *file_routes(api),
+        *job_routes(store),
         Route(f"{api}/refs", refs),
         Route(f"{api}/commits/{{revision}}", commits),
         Route(f"{api}/revision/{{revision}}", repo_info),
