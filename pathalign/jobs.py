@@ -134,20 +134,23 @@ class JobSpec:
         if problems:
             raise InputError("A job's inputs must be on the Hub:\n" + "\n".join(f"- {text}" for text in problems))
 
-    def require_free_repo(self) -> bool:
-        """Whether the output repo is there already, and holds an earlier result or nothing.
+    def require_free_repo(self) -> bool | None:
+        """Whether the output repo is private, or None if there is none yet.
 
         Raises:
-            InputError: If it holds something else.
+            InputError: If it holds something else than an earlier result.
         """
-        files = hub.holds(self.output_repo, self.repo_type)
-        others = [path for path in files or [] if path not in REPLACEABLE]
+        found = hub.holds(self.output_repo, self.repo_type)
+        if found is None:
+            return None
+        files, private = found
+        others = [path for path in files if path not in REPLACEABLE]
         if others and not {"run.json", LEDGER_NAME} & set(others):
             raise InputError(
                 f"The {self.repo_type} {self.output_repo} holds files that pathalign did not make, such as "
                 f"{others[0]}. Choose another `--output-repo`."
             )
-        return files is not None
+        return private
 
 
 def _hints(config_class: type[StageConfig]) -> dict[str, Any]:
@@ -212,9 +215,8 @@ def push(folder: Path, spec: JobSpec) -> str:
     files = {name: path for name, path in files.items() if not set(LEFT_OUT) & set(name.split("/"))}
     for attempt, wait_s in enumerate((*WAITS_S, None)):
         try:
-            gone = [
-                name for name in hub.holds(spec.output_repo, spec.repo_type) or [] if name not in {*files, *REPLACEABLE}
-            ]
+            before, _ = hub.holds(spec.output_repo, spec.repo_type) or ([], True)
+            gone = [name for name in before if name not in {*files, *REPLACEABLE}]
             operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
             with hub.explained(f"write to the {spec.repo_type} {spec.output_repo}"):
                 done = HfApi().create_commit(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import click
+import yaml
 
 from pathalign.commands.printing import JSON_HELP, print_result, quiet
 from pathalign.config import parse_overrides, read_yaml
@@ -59,7 +60,6 @@ def jobs() -> None:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a value of CONFIG.")
 @click.option("--timeout", default="2h", show_default=True, help="The job is ended after this: 90m, 2h, 1d.")
 @click.option("--package", metavar="URL", help="Wheel or git+https URL of pathalign.  [default: this version on PyPI]")
-@click.option("--public", is_flag=True, help="A new repo is public.")
 @NAMESPACE
 @click.option("--detach", is_flag=True, help="Start it and end; do not follow its log.")
 @click.option("--yes", is_flag=True, help="Do not ask before it is started.")
@@ -73,7 +73,6 @@ def run_command(
     overrides: tuple[str, ...],
     timeout: str,
     package: str | None,
-    public: bool,
     namespace: str | None,
     detach: bool,
     yes: bool,
@@ -83,9 +82,9 @@ def run_command(
     """Run CONFIG.yaml as a job on a machine of the Hub.
 
     CONFIG is that of `pathalign run`, or of one --stage. Its inputs must be on the Hub. What will run, where, for how
-    much and where the result goes is printed first. The result is one commit of the output repo, private if it is new,
-    made at the end: a job that fails leaves nothing there, and the same command starts from the beginning. The job gets
-    your token as its secret HF_TOKEN, and CONFIG as a variable that its page shows. Ctrl-C leaves it running.
+    much and where the result goes is printed first. The result is one commit of the output repo (private, if it is new)
+    at the end: a job that fails leaves nothing there, and the same command starts from the beginning. The job gets your
+    token as its secret HF_TOKEN, and CONFIG as a variable that its page shows. Ctrl-C leaves it running.
 
     Ends with 0 if the job completes.
     """
@@ -94,7 +93,7 @@ def run_command(
     values = merge(read_yaml(config), parse_overrides(overrides))
     with quiet():
         spec = JobSpec.make(stage, values, output_repo)
-        plan = planned(spec, flavor, timeout, package, namespace, public)
+        plan = planned(spec, flavor, timeout, package, namespace)
     if dry_run:
         print_result(plan.as_json(), as_json, text_of(plan))
         return
@@ -109,7 +108,7 @@ def run_command(
     print_result(result, as_json, job["id"] if detach else page(spec))
 
 
-def planned(spec: JobSpec, flavor: str, timeout: str, package: str | None, namespace: str | None, public: bool) -> Plan:
+def planned(spec: JobSpec, flavor: str, timeout: str, package: str | None, namespace: str | None) -> Plan:
     """Check everything that can be checked without paying.
 
     Raises:
@@ -127,10 +126,20 @@ def planned(spec: JobSpec, flavor: str, timeout: str, package: str | None, names
     if machine.gpus > 1:
         raise InputError(f"{flavor} has {machine.gpus} GPUs, and a job uses one: choose a flavor with one.")
     spec.require_hub_inputs()
-    there = spec.require_free_repo()
+    private = spec.require_free_repo()
     hours = expected_hours(spec) if machine.gpu else None
     cost = hub.cost(machine, timeout_s, hours)
-    return Plan(spec, namespace or user, machine, timeout_s, cost, hub.IMAGE, command, not public, not there)
+    return Plan(
+        spec=spec,
+        namespace=namespace or user,
+        machine=machine,
+        timeout_s=timeout_s,
+        cost=cost,
+        image=hub.IMAGE,
+        command=command,
+        private=private is not False,
+        new=private is None,
+    )
 
 
 def expected_hours(spec: JobSpec) -> Mapping[str, tuple[float, float] | None] | None:
@@ -152,7 +161,7 @@ def text_of(plan: Plan) -> str:
     if cost.expected_hours and cost.expected_usd:
         low, high = cost.expected_hours
         about = f"${cost.expected_usd[0]:.2f} to ${cost.expected_usd[1]:.2f}: {low:.2f} to {high:.2f} h, an assumption"
-    place = f"new, {'private' if plan.private else 'public'}" if plan.new else "its files are replaced"
+    place = "new, private" if plan.new else f"{'private' if plan.private else 'PUBLIC'}, its files are replaced"
     rows = [
         ("job", f"{'all stages' if spec.stage == ALL else spec.stage}, as {plan.namespace}"),
         ("machine", f"{machine.name} ({machine.description}), ${machine.usd_per_hour:.2f} an hour"),
@@ -162,7 +171,7 @@ def text_of(plan: Plan) -> str:
         ("cost", about),
         ("secret", "HF_TOKEN, the token that you are logged in with"),
         ("result", f"{spec.repo_type} {spec.output_repo} ({place})"),
-        ("settings", json.dumps(spec.values, sort_keys=True)),
+        ("settings", indent(yaml.safe_dump(spec.values, sort_keys=False), " " * 12).strip()),
     ]
     return "\n".join(f"  {name:<9} {text}" for name, text in rows)
 
@@ -177,7 +186,7 @@ def started(plan: Plan) -> dict[str, Any]:
     from pathalign.hub import jobs as hub
 
     spec = plan.spec
-    hub.make_repo(spec.output_repo, spec.repo_type, plan.private)
+    hub.make_repo(spec.output_repo, spec.repo_type)
     environment = {work.VARIABLE: spec.to_json(), "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     name = f"pathalign-{spec.stage}"
     return hub.described(hub.start(plan.namespace, plan.command, environment, plan.machine.name, plan.timeout_s, name))

@@ -236,27 +236,28 @@ def exists(repo_id: str) -> bool:
         return any(HfApi().repo_exists(repo_id, repo_type=kind) for kind in ("model", "dataset"))
 
 
-def holds(repo_id: str, repo_type: str) -> list[str] | None:
-    """Files of a repo, or None where the token sees no such repo.
+def holds(repo_id: str, repo_type: str) -> tuple[list[str], bool] | None:
+    """Files of a repo and whether it is private, or None where the token sees no such repo.
 
     Raises:
         InputError: If the Hub refuses the token or cannot be reached.
     """
     with explained(f"look at the {repo_type} {repo_id}"):
         api = HfApi()
-        return (
-            api.list_repo_files(repo_id, repo_type=repo_type) if api.repo_exists(repo_id, repo_type=repo_type) else None
-        )
+        if not api.repo_exists(repo_id, repo_type=repo_type):
+            return None
+        info = api.dataset_info(repo_id) if repo_type == "dataset" else api.model_info(repo_id)
+        return [file.rfilename for file in info.siblings or []], bool(info.private)
 
 
-def make_repo(repo_id: str, repo_type: str, private: bool) -> str:
-    """Make a repo, unless there is one. Returns the address of its page.
+def make_repo(repo_id: str, repo_type: str) -> str:
+    """Make a private repo, unless there is one. Returns the address of its page.
 
     Raises:
         InputError: If the token may not.
     """
     with explained(f"write to the {repo_type} {repo_id}"):
-        return str(HfApi().create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True))
+        return str(HfApi().create_repo(repo_id, repo_type=repo_type, private=True, exist_ok=True))
 
 
 def described(info: JobInfo) -> dict[str, Any]:
