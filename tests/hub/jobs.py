@@ -24,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from hub.store import HubError, Store
+from hub.store import HubError
 from hub.web import json_body, token_of
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -151,49 +151,64 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{time.time_ns() // 1000000 % 1000:03d}Z"
 
 
-def job_routes(store: Store) -> list[Route]:
+def _jobs(request: Request) -> Jobs:
+    """All jobs of the server that is asked."""
+    state = request.app.state
+    if not hasattr(state, "jobs"):
+        state.jobs = Jobs(state.store.blobs.parent / "jobs")
+    jobs: Jobs = state.jobs
+    return jobs
+
+
+def _allowed(request: Request) -> str:
+    """Who pays, if the token's owner may let them."""
+    namespace, store = str(request.path_params["namespace"]), request.app.state.store
+    user = store.user(token_of(request))
+    if user is None:
+        raise HubError(401, "Invalid username or password.")
+    if user != namespace:
+        raise HubError(403, f"You don't have the rights to run jobs as {namespace}.")
+    return namespace
+
+
+def _found(request: Request) -> Job:
+    namespace, job = _allowed(request), _jobs(request).jobs.get(request.path_params["job_id"])
+    if job is None or job.namespace != namespace:
+        raise HubError(404, "Job not found", "JobNotFound")
+    return job
+
+
+async def create(request: Request) -> Response:
+    spec = await json_body(request)
+    job = _jobs(request).start(_allowed(request), spec, str(request.base_url).rstrip("/"))
+    return JSONResponse(job.describe())
+
+
+def listed(request: Request) -> Response:
+    namespace = _allowed(request)
+    return JSONResponse([job.describe() for job in _jobs(request).jobs.values() if job.namespace == namespace])
+
+
+def inspect(request: Request) -> Response:
+    return JSONResponse(_found(request).describe())
+
+
+def logs(request: Request) -> Response:
+    return StreamingResponse(_events(_found(request)), media_type="text/event-stream")
+
+
+def cancel(request: Request) -> Response:
+    job = _found(request)
+    _jobs(request).cancel(job)
+    return JSONResponse(job.describe())
+
+
+def hardware(request: Request) -> Response:
+    return JSONResponse(HARDWARE)
+
+
+def routes() -> list[Route]:
     """All routes about jobs."""
-    jobs = Jobs(store.blobs.parent / "jobs")
-
-    def allowed(request: Request) -> str:
-        namespace = str(request.path_params["namespace"])
-        user = store.user(token_of(request))
-        if user is None:
-            raise HubError(401, "Invalid username or password.")
-        if user != namespace:
-            raise HubError(403, f"You don't have the rights to run jobs as {namespace}.")
-        return namespace
-
-    def found(request: Request) -> Job:
-        job = jobs.jobs.get(request.path_params["job_id"])
-        if allowed(request) and (job is None or job.namespace != request.path_params["namespace"]):
-            raise HubError(404, "Job not found", "JobNotFound")
-        assert job
-        return job
-
-    async def create(request: Request) -> Response:
-        spec = await json_body(request)
-        job = jobs.start(allowed(request), spec, str(request.base_url).rstrip("/"))
-        return JSONResponse(job.describe())
-
-    def listed(request: Request) -> Response:
-        namespace = allowed(request)
-        return JSONResponse([job.describe() for job in jobs.jobs.values() if job.namespace == namespace])
-
-    def inspect(request: Request) -> Response:
-        return JSONResponse(found(request).describe())
-
-    def logs(request: Request) -> Response:
-        return StreamingResponse(_events(found(request)), media_type="text/event-stream")
-
-    def cancel(request: Request) -> Response:
-        job = found(request)
-        jobs.cancel(job)
-        return JSONResponse(job.describe())
-
-    def hardware(request: Request) -> Response:
-        return JSONResponse(HARDWARE)
-
     return [
         Route("/api/jobs/hardware", hardware),
         Route("/api/jobs/{namespace}", create, methods=["POST"]),

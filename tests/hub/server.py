@@ -22,9 +22,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hub import jobs
 from hub.faults import Fault, Faults
 from hub.files import file_routes
-from hub.jobs import job_routes
 from hub.store import HubError, Store
 from hub.web import KINDS, authorized, find_repo, json_body, revision_of, token_of
 
@@ -173,7 +173,7 @@ def make_app(store: Store) -> Faults:
         Route("/api/whoami-v2", whoami),
         Route("/api/validate-yaml", validate_yaml, methods=["POST"]),
         *file_routes(api),
-        *job_routes(store),
+        *jobs.routes(),
         Route(f"{api}/refs", refs),
         Route(f"{api}/commits/{{revision}}", commits),
         Route(f"{api}/revision/{{revision}}", repo_info),
