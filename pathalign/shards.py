@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pathalign.progress import say
 from pathalign.schema import InputError, RunRecord
 
 PEER_TIMEOUT_S = 1800.0  # a process shows a sign of life with every batch, or shard, that it finishes
-POLL_S = 0.5
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,15 @@ def write_shards(
     """
     process, output_dir = Process.current(), Path(output_dir)
     if process.index >= len(names):
+        say(f"Process {process.index} of {process.count} has nothing to do: there are {len(names)} shards.")
         return record
     if _is_made(output_dir, record, names):
         say(f"{output_dir} holds this very set already; nothing is made again.")
         return RunRecord.load(output_dir)
     with artefact(output_dir) as folder:
         if process.index and _is_made(output_dir, record, names):  # finished while this process was starting
-            folder.rmdir()
+            with suppress(OSError):  # others may be as late
+                folder.rmdir()
             return RunRecord.load(output_dir)
         if _is_made(folder, record, names):  # killed a moment before its end
             return RunRecord.load(folder)
