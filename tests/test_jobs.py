@@ -236,7 +236,7 @@ def test_a_repo_that_holds_something_else_is_not_written_to(hub: HubServer, conf
         (None, [], {"HF_TOKEN": ""}, 1, ["not logged in", "`hf auth login`"]),
         (402, ["--yes"], {}, 1, ["without pre-paid credits (402", "/settings/billing", "same command again"]),
         (403, ["--yes"], {}, 1, ["may not start a job as lab (403", "/settings/tokens"]),
-        (500, ["--yes"], {}, 1, ["answered 500", "same command again later"]),
+        (500, ["--yes"], {}, 1, ["answered 500", "Try later: run the same command again"]),
         (None, ["--namespace", "clinic", "--yes"], {}, 1, ["may not start a job as clinic (403"]),
         (None, ["--flavor", "a10"], {}, 1, ["no flavor 'a10'", "cpu-basic ($0.01 an hour), t4-small ($0.60 an hour)"]),
         (None, ["--flavor", "a100x4"], {}, 1, ["has 4 GPUs, and a job uses one"]),
@@ -262,6 +262,18 @@ def test_what_cannot_work_is_one_line_with_the_next_step_before_anything_starts(
     assert "Traceback" not in err and "secret@" not in err
     assert len(err.split("Error: ")[1].splitlines()) <= 2
     assert ask(hub, "/api/jobs/lab") == []
+
+
+def test_a_log_that_breaks_off_leaves_the_job_running_and_says_how_to_follow_it(
+    hub: HubServer, config: Path, tmp_path: Path
+):
+    hub.faults.set(Fault("GET /api/jobs/.*/logs", 503))
+    code, out, err = pathalign(hub, tmp_path, *arguments(config, "--yes"))
+    (job,) = ask(hub, "/api/jobs/lab")
+    assert (code, out) == (1, "")
+    assert f"Try later: follow it by `pathalign jobs logs {job['id']}`; the job goes on." in err
+    assert job["status"]["stage"] in ("SCHEDULING", "RUNNING")
+    assert pathalign(hub, tmp_path, "cancel", job["id"])[0] == 0
 
 
 def test_an_unknown_job_is_explained(hub: HubServer, tmp_path: Path):

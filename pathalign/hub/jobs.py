@@ -48,11 +48,12 @@ class Cost:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def explained(what: str, again: str = "run the same command again") -> Iterator[None]:
     """Turn errors of the Hub's client into one line with the next command.
 
     Args:
         what: What was being done, such as `start a job as lab`.
+        again: What to do once the reason is gone.
     """
     try:
         yield
@@ -64,11 +65,11 @@ def explained(what: str) -> Iterator[None]:
             "organization."
         ) from error
     except HfHubHTTPError as error:
-        raise InputError(_refused(what, error)) from error
+        raise InputError(_refused(what, again, error)) from error
     except (HTTPError, OfflineModeIsEnabled) as error:
         raise InputError(
             f"Cannot {what}: {endpoint()} cannot be reached. Check your connection (and HF_ENDPOINT, HF_HUB_OFFLINE), "
-            "and run the same command again."
+            f"then {again}."
         ) from error
 
 
@@ -76,26 +77,24 @@ def _no_token() -> str:
     return "You are not logged in, and jobs are paid for by an account. Log in with `hf auth login`, or set HF_TOKEN."
 
 
-def _refused(what: str, error: HfHubHTTPError) -> str:
+def _refused(what: str, again: str, error: HfHubHTTPError) -> str:
     status, said = error.response.status_code, " ".join((error.server_message or "").split())
-    said = f": {said}" if said else ""
+    where, said = endpoint(), f": {said}" if said else ""
     if status == 401:
-        return f"{endpoint()} refused your token (401{said}). Log in with `hf auth login`, or set HF_TOKEN."
+        return f"{where} refused your token (401{said}). Log in with `hf auth login`, or set HF_TOKEN."
     if status == 402:
         return (
-            f"Cannot {what} without pre-paid credits (402{said}). Add some on {endpoint()}/settings/billing, then run "
-            "the same command again."
+            f"Cannot {what} without pre-paid credits (402{said}). Add some on {where}/settings/billing, then {again}."
         )
     if status == 403:
         return (
-            f"Your token may not {what} (403{said}). Give it the permission on {endpoint()}/settings/tokens, see that "
-            f"there are credits on {endpoint()}/settings/billing, then run the same command again."
+            f"Your token may not {what} (403{said}). Give it the permission on {where}/settings/tokens, see that there "
+            f"are credits on {where}/settings/billing, then {again}."
         )
     if status == 404:
-        return f"Cannot {what}: {endpoint()} does not know it (404{said}). Check the spelling."
-    return f"Cannot {what}: {endpoint()} answered {status}{said}. " + (
-        "Run the same command again later." if status == 429 or status >= 500 else "Change what it names."
-    )
+        return f"Cannot {what}: {where} does not know it (404{said}). Check the spelling."
+    later = f"Try later: {again}." if status == 429 or status >= 500 else "Change what it names."
+    return f"Cannot {what}: {where} answered {status}{said}. {later}"
 
 
 def account() -> str:
@@ -196,7 +195,7 @@ def logs(job_id: str, namespace: str | None) -> Iterator[str]:
     Raises:
         InputError: If there is no such job, or it may not be seen.
     """
-    with explained(f"follow the job {job_id}"):
+    with explained(f"follow the job {job_id}", _later(job_id)):
         yield from HfApi().fetch_job_logs(job_id=job_id, namespace=namespace, follow=True)
 
 
@@ -206,8 +205,12 @@ def ended(job_id: str, namespace: str | None) -> JobInfo:
     Raises:
         InputError: If there is no such job, or it may not be seen.
     """
-    with explained(f"look at the job {job_id}"):
+    with explained(f"look at the job {job_id}", _later(job_id)):
         return HfApi().wait_for_job(job_id, namespace=namespace)
+
+
+def _later(job_id: str) -> str:
+    return f"follow it by `pathalign jobs logs {job_id}`; the job goes on"
 
 
 def cancel(job_id: str, namespace: str | None) -> None:
