@@ -124,14 +124,11 @@ def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
         metrics={"n": len(labels)},
     )
     size = config.images_per_shard or len(labels)
-    starts = range(0, len(labels), size)
-    process = Process.current()
-    own = sum(len(labels[start : start + size]) for start in starts[process.index :: process.count])
+    parts = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
 
-    def make(index: int, scratch: Path) -> None:
-        rows = range(starts[index], min(starts[index] + size, len(labels)))
-        shard = _draw_rows(pipeline, reward_model, labels, rows, config, inputs, scratch, progress)
-        shard.save(scratch, shard=(index, len(starts)))
+    def make(index: int, scratch: Path, progress: Progress) -> None:
+        drawn = _draw_rows(pipeline, reward_model, labels, parts[index], config, inputs, scratch, progress)
+        drawn.save(scratch, shard=(index, len(parts)))
 
     def finish(folder: Path, paths: list[Path]) -> None:
         ids = torch.tensor(labels)
@@ -139,9 +136,8 @@ def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
         sheet = contact_sheet(_images_of(firsts.tolist(), paths, size), columns=min(12, config.images_per_class))
         sheet.save(folder / "samples.png")
 
-    with Progress("generate", own, unit="image") as progress:
-        names = [shard_name("train", index, len(starts)) for index in range(len(starts))]
-        return write_shards(output_dir, record, names, make, finish)
+    shards = {shard_name("train", index, len(parts)): len(rows) for index, rows in enumerate(parts)}
+    return write_shards(output_dir, record, shards, "image", make, finish)
 
 
 def _draw_rows(

@@ -38,7 +38,7 @@ def score_set(config: ScoreConfig, output_dir: str | Path) -> RunRecord:
     inputs = {"candidates": _content(shards), "reward_model": revision_of(config.reward_model, config.reward_revision)}
     record = RunRecord(stage="score", config=asdict(config), inputs=inputs)
 
-    def make(index: int, scratch: Path) -> None:
+    def make(index: int, scratch: Path, progress: Progress) -> None:
         found = ImageSet.read(shards.path(index))
         columns = dict(found.columns) if config.with_images else {}
         columns |= judge(model, found, config.batch_size)
@@ -51,9 +51,8 @@ def score_set(config: ScoreConfig, output_dir: str | Path) -> RunRecord:
         for name, row in record.metrics["by_class"].items():
             say(f"{name}: {row['n']} images, reward {row['reward']:.3f}, {row['above_half']:.1%} above one half")
 
-    with Progress("score", len(range(process.index, len(shards), process.count)), unit="shard") as progress:
-        names = [shard_name(config.split, index, len(shards)) for index in range(len(shards))]
-        return write_shards(output_dir, record, names, make, finish)
+    parts = {shard_name(config.split, index, len(shards)): 1 for index in range(len(shards))}
+    return write_shards(output_dir, record, parts, "shard", make, finish)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pathalign.artefacts import artefact, fingerprint
-from pathalign.progress import say
+from pathalign.progress import Progress, say
 from pathalign.schema import InputError, RunRecord
 
 PEER_TIMEOUT_S = 1800.0  # a process shows a sign of life with every batch, or shard, that it finishes
@@ -73,8 +73,9 @@ def scratch_dir(folder: Path, key: Any) -> Path:
 def write_shards(
     output_dir: str | Path,
     record: RunRecord,
-    names: Sequence[str],
-    make: Callable[[int, Path], None],
+    shards: Mapping[str, int],
+    unit: str,
+    make: Callable[[int, Path, Progress], None],
     finish: Callable[[Path, list[Path]], None],
 ) -> RunRecord:
     """Make the shards of this process; the first one waits for all and finishes the artefact.
@@ -84,9 +85,10 @@ def write_shards(
     Args:
         output_dir: Where the finished artefact shall stand.
         record: Its configuration and inputs decide whether what is there already is the same work.
-        names: File names of all shards.
-        make: Gets a shard's index and a folder, and writes `data/<name>` in it, whole or not at all; what else it puts
-            there survives an interruption.
+        shards: File name and size of each.
+        unit: Of the sizes, for the progress that is shown.
+        make: Gets a shard's index, a folder and the progress, which it advances by the shard's size. Writes
+            `data/<name>` in the folder, whole or not at all; what else it puts there survives an interruption.
         finish: Gets the artefact's folder and all shards, and writes what else belongs there; may complete `record`.
 
     Returns:
@@ -95,7 +97,7 @@ def write_shards(
     Raises:
         InputError: If the other processes show no sign of life for `PEER_TIMEOUT_S`.
     """
-    process, output_dir = Process.current(), Path(output_dir)
+    process, output_dir, names = Process.current(), Path(output_dir), list(shards)
     if process.index >= len(names):
         say(f"Process {process.index} of {process.count} has nothing to do: there are {len(names)} shards.")
         return record
@@ -110,17 +112,20 @@ def write_shards(
         if _is_made(folder, record, names):  # killed a moment before its end
             return RunRecord.load(folder)
         scratch = scratch_dir(folder, [record.config, record.inputs])
-        for index in range(process.index, len(names), process.count):
-            if not (scratch / "data" / names[index]).is_file():
-                own = scratch / f"shard-{index:05d}"
-                own.mkdir(exist_ok=True)
-                make(index, own)
-                (scratch / "data").mkdir(exist_ok=True)
-                (own / "data" / names[index]).replace(scratch / "data" / names[index])
-                shutil.rmtree(own, ignore_errors=True)
+        paths = [scratch / "data" / name for name in names]
+        own = range(process.index, len(names), process.count)
+        missing = [index for index in own if not paths[index].is_file()]
+        total, left = (sum(shards[names[index]] for index in part) for part in (own, missing))
+        with Progress(record.stage, total, total - left, unit) as progress:
+            for index in missing:
+                place = scratch / f"shard-{index:05d}"
+                place.mkdir(exist_ok=True)
+                make(index, place, progress)
+                paths[index].parent.mkdir(exist_ok=True)
+                (place / "data" / names[index]).replace(paths[index])
+                shutil.rmtree(place, ignore_errors=True)
         if process.index:
             return record
-        paths = [scratch / "data" / name for name in names]
         _wait_for(paths, scratch, process)
         shutil.rmtree(folder / "data", ignore_errors=True)
         finish(folder, paths)
