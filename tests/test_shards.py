@@ -379,11 +379,10 @@ def test_two_killed_processes_make_and_score_20000_images_as_one_does(tmp_path: 
         torch.manual_seed(0)
         model = RewardModel(RewardModelConfig(class_names=list(classes), criteria=["size"], convnet_channels=[8, 8]))
         model.save_with_processor(tmp_path / "reward")
-    config = GenerateConfig(
-        model=str(tmp_path / "model"), images_per_class=5000, inference_steps=2, images_per_shard=1000
-    )
-    arguments = ["generate", "--model", config.model, "--images-per-class", "5000", "--inference-steps", "2"]
-    kept, printed = killed_and_started_again(tmp_path / "two", 5, *arguments, "--images-per-shard", "1000")
+    sizes = {"images_per_class": 5000, "images_per_shard": 1000, "inference_steps": 2, "batch_size": 16}
+    config = GenerateConfig(model=str(tmp_path / "model"), **sizes)
+    options = [word for name, value in sizes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    kept, printed = killed_and_started_again(tmp_path / "two", 5, "generate", "--model", config.model, *options)
     assert 5 <= len(kept) < 20
     assert {name: (tmp_path / "two" / "data" / name).stat().st_ino for name in kept} == kept  # not drawn again
     generate(config, tmp_path / "one")
