@@ -31,7 +31,8 @@ def artefact(output_dir: str | Path, *, scratch: tuple[str, ...] = ("checkpoints
     """Make an artefact atomically: yields a working folder that becomes `output_dir` when the block ends well.
 
     The working folder survives an interruption, so a stage looks in it for its checkpoints first. An earlier artefact
-    of the same name is replaced only at the end. Of several processes (`accelerate launch`) the first one does this.
+    of the same name is replaced only at the end. Of several processes (`accelerate launch`) the first one does this,
+    and its block must not end before the others have written what they have to: see `pathalign.shards`.
 
     Args:
         output_dir: Where the finished artefact shall stand.

@@ -16,14 +16,14 @@ from typing import Any
 
 import click
 
-from pathalign.commands import serving, transfer
+from pathalign.commands import jobs, serving, transfer
 from pathalign.commands.printing import JSON_HELP, print_result, printed, quiet
 from pathalign.commands.space import space
-from pathalign.commands.stages import stage_command, with_subcommands
+from pathalign.commands.stages import command_of, stage_command, with_subcommands
 from pathalign.config import ConfigError, parse_overrides, read_yaml
 from pathalign.ledger import peak_rss_mb
 from pathalign.schema import DISCLAIMER, InputError
-from pathalign.stages import METHODS, MOST_ROUNDS, PULL, load
+from pathalign.stages import METHODS, MOST_ROUNDS, PULL, SCORE, load
 from pathalign.workflow import StepResult, execute, merge, plan, recipe
 
 INTERRUPTED = "Interrupted. Run the same command again to go on where it was."
@@ -90,10 +90,13 @@ feedback = with_subcommands(stage_command("feedback", "feedback", "runs/feedback
 feedback.add_command(transfer.compact_command)
 feedback.add_command(transfer.pull_command)
 main.add_command(feedback)
-main.add_command(stage_command("reward", "reward", "runs/reward"))
+reward = with_subcommands(stage_command("reward", "reward", "runs/reward"))
+reward.add_command(command_of("score", SCORE, "runs/scores"))
+main.add_command(reward)
 main.add_command(stage_command("align", "align", "runs/adapter"))
 main.add_command(stage_command("evaluate", "evaluate", "runs/evaluation"))
 main.add_command(space)
+main.add_command(jobs.jobs)
 
 
 @main.command("run")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,15 +12,16 @@ import diffusers
 import torch
 from torch import Tensor
 
-from pathalign.artefacts import artefact, fingerprint
+from pathalign.artefacts import fingerprint
 from pathalign.diffusion import lora
 from pathalign.diffusion.loading import BaseModel, load_base, pipeline_kind
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
-from pathalign.images import ImageSet, contact_sheet, to_images, to_pixel_values
+from pathalign.images import ImageSet, contact_sheet, shard_name, to_images, to_pixel_values
 from pathalign.progress import Progress
 from pathalign.reward import RewardModel, RewardModelConfig
 from pathalign.schema import InputError, RunRecord, unknown_name
 from pathalign.settings.generate import GenerateConfig
+from pathalign.shards import Process, write_shards
 
 SCHEDULERS = {
     "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
@@ -92,12 +93,15 @@ def sample(
 
 
 def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
-    """Sample a candidate set; batches that an interrupted call finished are kept.
+    """Sample a candidate set; batches and shards that an interrupted call finished are kept.
+
+    Several processes share the shards of `images_per_shard` images; each draws its own without waiting for others.
 
     Raises:
         InputError: If the pipeline, adapter or reward model cannot be loaded, or a class is unknown.
     """
-    pipeline = load_base(config.model, config.revision, config.classes, config.prompt)
+    device = Process.current().device()
+    pipeline = load_base(config.model, config.revision, config.classes, config.prompt, device)
     names = config.classes or pipeline.class_names
     for name in names:
         if name not in pipeline.class_names:
@@ -105,52 +109,83 @@ def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
     if config.adapter is not None:
         lora.load(pipeline, config.adapter, config.adapter_scale)
     set_scheduler(pipeline, config.scheduler)
-    reward_model = RewardModel.from_pretrained(config.reward_model).to(pipeline.device) if config.reward_model else None
+    reward_model = RewardModel.from_pretrained(config.reward_model).to(device) if config.reward_model else None
     labels = [pipeline.class_names.index(name) for name in names for _ in range(config.images_per_class)]
-    inputs = {"model": _revision(config.model, config.revision)}
+    inputs = {"model": revision_of(config.model, config.revision)}
     if config.adapter is not None:
-        inputs["adapter"] = _revision(config.adapter, None)
+        inputs["adapter"] = revision_of(config.adapter, None)
     if config.reward_model is not None:
-        inputs["reward_model"] = _revision(config.reward_model, None)
-    with artefact(output_dir) as folder:
-        turns = config.varied_steps or [config.inference_steps]
-        scratch = scratch_dir(folder, [asdict(config), inputs])
-        parts = []
-        for turn, steps in enumerate(turns):
-            first_seed = config.seed + turn * len(labels)
+        inputs["reward_model"] = revision_of(config.reward_model, None)
+    record = RunRecord(
+        stage="generate",
+        config=asdict(config),
+        inputs=inputs,
+        seeds={"seed": config.seed},
+        metrics={"n": len(labels)},
+    )
+    size = config.images_per_shard or len(labels)
+    parts = [range(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
+
+    def make(index: int, scratch: Path, progress: Progress) -> None:
+        drawn = _draw_rows(pipeline, reward_model, labels, parts[index], config, inputs, scratch, progress)
+        drawn.save(scratch, shard=(index, len(parts)))
+
+    def finish(folder: Path, paths: list[Path]) -> None:
+        ids = torch.tensor(labels)
+        firsts = torch.cat([(ids == class_id).nonzero()[:12, 0] for class_id in range(len(pipeline.class_names))])
+        sheet = contact_sheet(_images_of(firsts.tolist(), paths, size), columns=min(12, config.images_per_class))
+        sheet.save(folder / "samples.png")
+
+    shards = {shard_name("train", index, len(parts)): len(rows) for index, rows in enumerate(parts)}
+    return write_shards(output_dir, record, shards, "image", make, finish)
+
+
+def _draw_rows(
+    pipeline: BaseModel,
+    reward_model: ImageReward | None,
+    labels: Sequence[int],
+    rows: range,
+    config: GenerateConfig,
+    inputs: Mapping[str, str],
+    scratch: Path,
+    progress: Progress,
+) -> ImageSet:
+    """Draw some of a set's images: row i is drawn in turn i modulo the number of turns, whatever `rows` are."""
+    turns = config.varied_steps or [config.inference_steps]
+    parts, drawn = [], []
+    for turn, steps in enumerate(turns):
+        own = [row for row in rows if row % len(turns) == turn]
+        if own:
+            first_seed = config.seed + turn * len(labels) + own[0] // len(turns)
             sampling = Sampling(steps, config.guidance_scale, config.batch_size, first_seed, config.best_of)
-            own = scratch / f"steps-{turn}"
-            own.mkdir(exist_ok=True)
-            parts += draw(pipeline, reward_model, labels[turn :: len(turns)], sampling, own)
-        # Back in the order of the labels: image i was drawn in turn i modulo the number of turns.
-        rows = [row for turn in range(len(turns)) for row in range(turn, len(labels), len(turns))]
-        order = torch.tensor(rows).argsort()
-        columns: dict[str, list[Any]] = {
-            "seed": _reordered([seed for part in parts for seed in part["seeds"]], order),
-            "model": [inputs["model"]] * len(labels),
-            "adapter": [inputs.get("adapter", "")] * len(labels),
-            "scheduler": [config.scheduler] * len(labels),
-            "steps": [turns[row % len(turns)] for row in range(len(labels))],
-            "guidance": [config.guidance_scale] * len(labels),
-            "kind": ["synthetic"] * len(labels),
-        }
-        if reward_model is not None:
-            columns["reward"] = _reordered([reward for part in parts for reward in part["rewards"]], order)
-        images = torch.cat([part["images"] for part in parts])[order]
-        candidates = ImageSet.build(images, torch.tensor(labels), pipeline.class_names, columns)
-        candidates.save(folder)
-        contact_sheet(candidates.first_per_class(12).images, columns=min(12, config.images_per_class)).save(
-            folder / "samples.png"
-        )
-        record = RunRecord(
-            stage="generate",
-            config=asdict(config),
-            inputs=inputs,
-            seeds={"seed": config.seed},
-            metrics={"n": len(labels)},
-        )
-        record.save(folder)
-    return record
+            folder = scratch / f"steps-{turn}"
+            folder.mkdir(exist_ok=True)
+            class_ids = [labels[row] for row in own]
+            parts += draw(pipeline, reward_model, class_ids, sampling, folder, progress=progress)
+            drawn += own
+    order = torch.tensor(drawn).argsort()  # back in the order of the labels
+    columns: dict[str, list[Any]] = {
+        "seed": _reordered([seed for part in parts for seed in part["seeds"]], order),
+        "model": [inputs["model"]] * len(rows),
+        "adapter": [inputs.get("adapter", "")] * len(rows),
+        "scheduler": [config.scheduler] * len(rows),
+        "steps": [turns[row % len(turns)] for row in rows],
+        "guidance": [config.guidance_scale] * len(rows),
+        "kind": ["synthetic"] * len(rows),
+    }
+    if reward_model is not None:
+        columns["reward"] = _reordered([reward for part in parts for reward in part["rewards"]], order)
+    images = torch.cat([part["images"] for part in parts])[order]
+    return ImageSet.build(images, torch.tensor([labels[row] for row in rows]), pipeline.class_names, columns)
+
+
+def _images_of(rows: Sequence[int], paths: Sequence[Path], size: int) -> Tensor:
+    """Images at some rows of a set in files of `size` rows, one file in memory at a time."""
+    found: dict[int, Tensor] = {}
+    for index in sorted({row // size for row in rows}):
+        images = ImageSet.read(paths[index]).images
+        found |= {row: images[row % size].clone() for row in rows if row // size == index}
+    return torch.stack([found[row] for row in rows])
 
 
 def _reordered(values: list[Any], order: Tensor) -> list[Any]:
@@ -164,6 +199,7 @@ def draw(
     sampling: Sampling,
     scratch: Path,
     process: tuple[int, int] = (0, 1),
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Draw images batch by batch; every finished batch is a file in `scratch`, where a later call finds it.
 
@@ -174,6 +210,7 @@ def draw(
         sampling: How images are drawn.
         scratch: Existing folder.
         process: Index and number of processes; each draws its own share of the batches.
+        progress: Counts the images; by default one of these images alone.
 
     Returns:
         Batches with `start`, `images` (n, 3, size, size) uint8, `seeds` and `rewards`.
@@ -181,7 +218,8 @@ def draw(
     parts = []
     index, processes = process
     starts = range(index * sampling.batch_size, len(class_ids), processes * sampling.batch_size)
-    with Progress("generate", len(class_ids) // processes, unit="image") as progress:
+    own = nullcontext(progress) if progress else Progress("generate", len(class_ids) // processes, unit="image")
+    with own as progress:
         for start in starts:
             path = scratch / f"batch-{start:08d}.pt"
             labels = class_ids[start : start + sampling.batch_size]
@@ -219,6 +257,19 @@ def _best_batch(
     return best
 
 
+def known_ids(reward_model: ImageReward, class_ids: Sequence[int], class_names: Sequence[str]) -> Tensor:
+    """The reward model's own ids of classes that are named otherwise here, shape `(n,)`.
+
+    Raises:
+        InputError: If it does not know one of the classes.
+    """
+    known = list(reward_model.config.class_names)
+    missing = sorted({class_names[class_id] for class_id in class_ids} - set(known))
+    if missing:
+        raise InputError(f"The reward model does not know the classes {missing}; it was trained on {known}.")
+    return torch.tensor([known.index(class_names[class_id]) for class_id in class_ids])
+
+
 @torch.no_grad()
 def score(reward_model: ImageReward, images: Tensor, class_ids: Sequence[int], class_names: Sequence[str]) -> Tensor:
     """Rewards of uint8 images `(n, 3, size, size)`, shape `(n,)`, on the CPU; `class_ids` index `class_names`.
@@ -226,11 +277,7 @@ def score(reward_model: ImageReward, images: Tensor, class_ids: Sequence[int], c
     Raises:
         InputError: If the reward model does not know one of the classes.
     """
-    known = list(reward_model.config.class_names)
-    missing = sorted({class_names[class_id] for class_id in class_ids} - set(known))
-    if missing:
-        raise InputError(f"The reward model does not know the classes {missing}; it was trained on {known}.")
-    ids = torch.tensor([known.index(class_names[class_id]) for class_id in class_ids], device=reward_model.device)
+    ids = known_ids(reward_model, class_ids, class_names).to(reward_model.device)
     pixel_values = to_pixel_values(images).to(reward_model.device)
     parts = [
         reward_model.rewards(pixels, part) for pixels, part in zip(pixel_values.split(250), ids.split(250), strict=True)
@@ -238,18 +285,7 @@ def score(reward_model: ImageReward, images: Tensor, class_ids: Sequence[int], c
     return torch.cat(parts).cpu()
 
 
-def _revision(path_or_repo_id: str, revision: str | None) -> str:
+def revision_of(path_or_repo_id: str, revision: str | None) -> str:
     """What tells one version of a model from another: a content hash, or the Hub revision asked for."""
     folder = Path(path_or_repo_id)
     return fingerprint(folder) if folder.is_dir() else f"{path_or_repo_id}@{revision or 'main'}"
-
-
-def scratch_dir(folder: Path, key: Any) -> Path:
-    """Folder of finished batches below `folder/checkpoints`; batches of another key are removed."""
-    root = folder / "checkpoints"
-    scratch = root / f"batches-{fingerprint(key)}"
-    for other in root.glob("batches-*"):
-        if other != scratch:
-            shutil.rmtree(other)
-    scratch.mkdir(parents=True, exist_ok=True)
-    return scratch

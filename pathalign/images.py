@@ -1,13 +1,16 @@
 """Labelled images in memory and on disk: the layout in which every stage passes images on.
 
-A folder or Hub dataset repo with `data/<split>-00000-of-00001.parquet`, as `datasets.load_dataset` reads it.
+A folder or Hub dataset repo with `data/<split>-00000-of-00001.parquet`, or several such files, the shards of a set that
+is too large for one, as `datasets.load_dataset` reads it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -110,43 +113,77 @@ class ImageSet:
             columns={name: [value for part in sets for value in part.columns[name]] for name in shared},
         )
 
-    def save(self, folder: str | Path, split: str = "train") -> None:
-        """Write `data/<split>-00000-of-00001.parquet` below `folder`, images as PNG."""
+    def save(
+        self, folder: str | Path, split: str = "train", shard: tuple[int, int] = (0, 1), with_images: bool = True
+    ) -> None:
+        """Write `data/<split>-00000-of-00001.parquet` below `folder`, images as PNG; the file appears whole.
+
+        Args:
+            folder: Made if need be.
+            split: Name of the split.
+            shard: Which of how many files this is, where the set is one part of a larger one.
+            with_images: Whether the images go into the file, or their ids and columns only.
+        """
         import datasets
 
-        features = datasets.Features(
-            {
-                "image": datasets.Image(),
-                "image_id": datasets.Value("string"),
-                "label": datasets.ClassLabel(names=list(self.class_names)),
-            }
-        )
-        rows: dict[str, list[Any]] = {
-            "image": [Image.fromarray(image) for image in self.images.permute(0, 2, 3, 1).numpy()],
-            "image_id": list(self.image_ids),
-            "label": self.class_ids.tolist(),
+        features = {
+            "image_id": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=list(self.class_names)),
         }
+        rows: dict[str, list[Any]] = {"image_id": list(self.image_ids), "label": self.class_ids.tolist()}
+        if with_images:
+            features = {"image": datasets.Image(), **features}
+            images = [Image.fromarray(image) for image in self.images.permute(0, 2, 3, 1).numpy()]
+            rows = {"image": images, **rows}
         extra = datasets.Dataset.from_dict(self.columns).features if self.columns else {}
         table = datasets.Dataset.from_dict({**rows, **self.columns}, features=datasets.Features({**features, **extra}))
-        path = Path(folder) / "data" / f"{split}-00000-of-00001.parquet"
+        path = Path(folder) / "data" / shard_name(split, *shard)
         path.parent.mkdir(parents=True, exist_ok=True)
-        table.to_parquet(path)
+        table.to_parquet(path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
 
     @classmethod
     def load(cls, path_or_repo_id: str | Path, split: str = "train", revision: str | None = None) -> ImageSet:
-        """Read what `save` wrote, from a folder or a Hub dataset repo.
+        """Read all that `save` wrote, from a folder or a Hub dataset repo, into memory.
 
         Raises:
-            InputError: If there is no such folder, repo or split, it is damaged, or it lacks the columns `image` and
-                `label`.
+            InputError: If there is no such folder, repo or split, a shard is missing or damaged, or it lacks the
+                columns `image` and `label`.
         """
-        import pyarrow.parquet
+        parts = list(cls.shards(path_or_repo_id, split, revision))
+        if len(parts) == 1:
+            return parts[0]
+        first = parts[0]
+        for part in parts:
+            if part.class_names != first.class_names or set(part.columns) != set(first.columns):
+                raise InputError(f"The shards of {path_or_repo_id} differ in classes or columns; make the set anew.")
+        if len(sizes := {part.images.shape[1:] for part in parts}) > 1:
+            raise InputError(f"The shards of {path_or_repo_id} hold images of several sizes, {sorted(sizes)}.")
+        return cls(
+            images=torch.cat([part.images for part in parts]),
+            class_ids=torch.cat([part.class_ids for part in parts]),
+            class_names=first.class_names,
+            image_ids=tuple(chain.from_iterable(part.image_ids for part in parts)),
+            columns={name: list(chain.from_iterable(part.columns[name] for part in parts)) for name in first.columns},
+        )
 
-        path = dataset_file(path_or_repo_id, f"data/{split}-00000-of-00001.parquet", revision)
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowException as error:
-            raise InputError(f"{path} cannot be read as parquet ({error}); fetch it again or make it anew.") from error
+    @classmethod
+    def shards(
+        cls, path_or_repo_id: str | Path, split: str = "train", revision: str | None = None
+    ) -> Iterator[ImageSet]:
+        """The same one file after another, for sets that are larger than the memory; errors as in `load`."""
+        found = dataset_shards(path_or_repo_id, split, revision)
+        for index in range(len(found)):
+            yield cls.read(found.path(index))
+
+    @classmethod
+    def read(cls, path: Path) -> ImageSet:
+        """Read one Parquet file.
+
+        Raises:
+            InputError: If it is damaged, or lacks a column.
+        """
+        table = read_table(path)
         missing = {"image", "image_id", "label"} - set(table.column_names)
         if missing:
             raise InputError(
@@ -155,7 +192,7 @@ class ImageSet:
         import datasets
 
         names = datasets.Features.from_arrow_schema(table.schema)["label"].names
-        images = np.stack([decode(row["bytes"]) for row in table.column("image").to_pylist()])
+        images = np.stack([decode(cell["bytes"].as_py()) for cell in table.column("image")])
         return cls(
             images=torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
             class_ids=torch.tensor(table.column("label").to_pylist(), dtype=torch.int64),
@@ -169,6 +206,98 @@ class ImageSet:
         )
 
 
+def shard_name(split: str, index: int, count: int) -> str:
+    """Name of one of `count` files of a split."""
+    return f"{split}-{index:05d}-of-{count:05d}.parquet"
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
+    """Columns of a Parquet file, all by default.
+
+    Raises:
+        InputError: If it is damaged.
+    """
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path, columns=columns)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet ({error}); fetch it again or make it anew.") from error
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The files of one split, in their order.
+
+    Attributes:
+        source: Folder or Hub dataset.
+        names: Their paths in it.
+        revision: Commit of the Hub dataset, or what was asked for where the Hub cannot be reached.
+    """
+
+    source: str | Path
+    names: tuple[str, ...]
+    revision: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        """One file, downloaded first from a Hub; errors as in `dataset_file`."""
+        return dataset_file(self.source, self.names[index], self.revision)
+
+
+def dataset_shards(path_or_repo_id: str | Path, split: str = "train", revision: str | None = None) -> Shards:
+    """Find the files of a split in a folder or Hub dataset; a download starts when one is opened.
+
+    Raises:
+        InputError: If there is no such folder, repo or split, or a shard is missing.
+    """
+    folder = Path(path_or_repo_id)
+    if folder.is_dir():
+        names, commit = [f"data/{path.name}" for path in (folder / "data").glob(f"{split}-*.parquet")], revision
+    else:
+        names, commit = _hub_files(str(path_or_repo_id), revision)
+    pattern = re.compile(rf"data/{re.escape(split)}-\d{{5,}}-of-(\d{{5,}})\.parquet")
+    counts = sorted({int(found[1]) for name in names if (found := pattern.fullmatch(name))})
+    if not counts:
+        single = f"data/{shard_name(split, 0, 1)}"
+        dataset_file(path_or_repo_id, single, revision)  # says what is wrong, or finds it in the cache
+        return Shards(path_or_repo_id, (single,), revision)
+    if len(counts) > 1:
+        raise InputError(f"{path_or_repo_id} holds the shards of several sets of {split!r}, of {counts}: keep one set.")
+    wanted = tuple(f"data/{shard_name(split, index, counts[0])}" for index in range(counts[0]))
+    if missing := [name for name in wanted if name not in names]:
+        raise InputError(
+            f"{path_or_repo_id} lacks {len(missing)} of {len(wanted)} shards, such as {missing[0]}; fetch or make them."
+        )
+    return Shards(path_or_repo_id, wanted, commit)
+
+
+def _hub_files(repo_id: str, revision: str | None) -> tuple[list[str], str | None]:
+    """Files of a Hub dataset and its commit, or without a connection what the cache holds; none if it cannot be read.
+
+    Whoever opens a file of it then says why.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, RevisionResolutionError
+
+    where = {"repo_type": "dataset", "allow_patterns": "data/*.parquet", "local_files_only": True}
+    api = HfApi()
+    try:
+        commit = api.resolve_revision(repo_id, repo_type="dataset", revision=revision).resolved
+    except (HTTPError, HFValidationError, RevisionResolutionError):
+        return [], revision
+    try:
+        return api.list_repo_files(repo_id, repo_type="dataset", revision=commit), commit
+    except (HTTPError, OSError):  # no connection
+        try:
+            cached = Path(str(snapshot_download(repo_id, revision=commit, **where)))  # type: ignore[call-overload]
+        except OSError:
+            return [], commit
+        return [f"data/{path.name}" for path in (cached / "data").glob("*.parquet")], commit
+
+
 def dataset_file(path_or_repo_id: str | Path, name: str, revision: str | None = None) -> Path:
     """One file of a dataset: below a folder, or downloaded from a Hub dataset repo.
 
@@ -178,7 +307,7 @@ def dataset_file(path_or_repo_id: str | Path, name: str, revision: str | None = 
     folder = Path(path_or_repo_id)
     if folder.is_dir():
         if not (folder / name).is_file():
-            found = sorted(path.name.split("-0")[0] for path in (folder / "data").glob("*.parquet"))
+            found = sorted({path.name.split("-0")[0] for path in (folder / "data").glob("*.parquet")})
             raise InputError(f"{folder} has no {name}; its splits are {found or 'none'}.")
         return folder / name
     from huggingface_hub import hf_hub_download

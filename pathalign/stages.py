@@ -225,6 +225,8 @@ STAGES: tuple[Stage, ...] = (
         ),
     ),
 )
+# No stage of a run: it is done beside it, on sets of any size.
+SCORE = Stage("score", "pathalign.scoring:score_set", "pathalign.settings.score:ScoreConfig", ())
 
 
 def load(reference: str) -> Any:

@@ -18,13 +18,12 @@ from pathalign.schema import InputError, RunRecord
 from pathalign.stages import STAGES, stage_names
 
 PROJECT = Path(__file__).resolve().parents[1]
-COMMANDS = ["data", "pretrain", "generate", "grade", "grade fit", "grade simulate", "feedback", "reward", "align"]
-COMMANDS += ["evaluate", "run", "demo", "grade serve", "grade invite", "grade export", "grade import"]
+STAGE_COMMANDS = ["data", "pretrain", "generate", "grade fit", "grade simulate", "feedback", "reward", "reward score"]
+STAGE_COMMANDS += ["align", "evaluate"]
+COMMANDS = [*STAGE_COMMANDS, "run", "demo", "grade", "grade serve", "grade invite", "grade export", "grade import"]
 COMMANDS += ["feedback compact", "feedback pull"]
 COMMANDS += ["space", "space deploy", "space logs", "space restart", "space pause"]
-NO_STAGES = ["grade", "run", "demo", "grade serve", "grade invite", "grade export", "grade import"]
-NO_STAGES += ["feedback compact", "feedback pull"]
-NO_STAGES += ["space", "space deploy", "space logs", "space restart", "space pause"]
+COMMANDS += ["jobs", "jobs run", "jobs logs", "jobs cancel", "jobs execute"]
 
 
 def invoke(*arguments: str):
@@ -167,7 +166,7 @@ def test_graders_are_written_where_their_role_says(fake_stage):
     assert fake_stage.calls[-1][1] == Path("runs/judge")
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in NO_STAGES])
+@pytest.mark.parametrize("command", STAGE_COMMANDS)
 def test_json_is_all_that_a_stage_prints_on_stdout(fake_stage, command):
     needed = ["--data", "a", "--before", "b", "--after", "c", "--judge", "d"] if command == "evaluate" else []
     result = invoke(*command.split(), "--json", "--output-dir", "there", *needed)

@@ -132,8 +132,8 @@ def test_batches_that_no_longer_fit_are_drawn_again(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "contact_sheet", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
         generate(config, tmp_path / "set")
-    kept = list((partial_dir(tmp_path / "set") / "checkpoints").rglob("*.pt"))
-    assert (len(kept), len(drawn)) == (4, 15)
+    kept = list((partial_dir(tmp_path / "set") / "checkpoints").rglob("*.parquet"))
+    assert (len(kept), len(drawn)) == (1, 15)
     drawn.clear()
     if change == "settings":
         config = replace(config, guidance_scale=2.0)

@@ -37,7 +37,7 @@ FILES = {
 GUARD_FILES = {"train_reward_even": ("reward_even", "reward"), "train_held_out_reward": ("held_out_reward",) * 2}
 METHOD_FILES = {f"finetune_{name}": name for name in ("ddpo", "grpo", "draft", "dpo")}
 GPU_FILES = ["multi-gpu/accelerate", "multi-gpu/finetune_ddpo", "multi-node/accelerate", "multi-node/finetune_ddpo"]
-GPU_FILES += ["single-gpu/finetune_ddpo"]
+GPU_FILES += ["single-gpu/finetune_ddpo", "multi-node/generate_shards", "multi-node/score_shards"]
 METHODS_BY_NAME = {method.name: method for method in METHODS}
 
 

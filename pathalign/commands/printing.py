@@ -32,8 +32,9 @@ def quiet() -> Iterator[None]:
 
 
 def print_result(result: Mapping[str, Any], as_json: bool, text: str) -> None:
-    """Print a result to stdout: as JSON, or as `text`."""
-    click.echo(json.dumps(finite(result), indent=2, sort_keys=True, default=str) if as_json else text)
+    """Print a result to stdout: as JSON, or as `text`. Of several processes only the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        click.echo(json.dumps(finite(result), indent=2, sort_keys=True, default=str) if as_json else text)
 
 
 def finite(value: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -21,15 +22,20 @@ PIPELINES = {"ClassConditionalPipeline": ClassConditionalPipeline, "StableDiffus
 
 
 def load_base(
-    path_or_repo_id: str, revision: str | None = None, class_names: Sequence[str] = (), template: str = PROMPT
+    path_or_repo_id: str,
+    revision: str | None = None,
+    class_names: Sequence[str] = (),
+    template: str = PROMPT,
+    device: torch.device | None = None,
 ) -> BaseModel:
-    """A base model on the GPU where there is one; `model_index.json` says which kind it is.
+    """A base model; `model_index.json` says which kind it is.
 
     Args:
         path_or_repo_id: Folder or Hub id.
         revision: Of the Hub repo.
         class_names: Classes to ask Stable Diffusion for; a class-conditional model has its own.
         template: Stable Diffusion's prompt, with `{class_name}` in it.
+        device: Where it is put. By default the GPU where there is one, and then several processes wait for each other.
 
     Raises:
         InputError: If it cannot be loaded, is of another kind, or is Stable Diffusion without `class_names`.
@@ -47,6 +53,8 @@ def load_base(
             raise InputError(f"{path_or_repo_id} knows words, not classes; name the classes to draw with `classes`.")
         pipeline.name_classes(class_names, template)
     pipeline.set_progress_bar_config(disable=True)
+    if device is not None:
+        return pipeline.to(device)
     # Whoever asks first decides whether several processes on a CPU know each other.
     return pipeline.to(PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device)
 

@@ -28,6 +28,12 @@ class GenerateConfig(StageConfig):
     )
     guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is none.", minimum=0.0)
     scheduler: Literal["dpmsolver++", "ddim", "ddpm", "euler", "unipc"] = option("dpmsolver++", "Sampler.")
+    images_per_shard: int | None = option(
+        None,
+        "Images in one Parquet file; all in one if empty. Memory holds one file at a time, and the processes of "
+        "`accelerate launch` share the files.",
+        minimum=1,
+    )
     batch_size: int = option(50, "Images sampled at once; it never changes an image.", minimum=1)
     best_of: int = option(
         1, "Draw this many images for each one kept, the one of the highest reward.", minimum=1, maximum=256

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pathalign.images import ImageSet, content_id, dataset_file, decode
+from pathalign.images import ImageSet, content_id, dataset_shards, decode, read_table
 from pathalign.schema import InputError, unknown_name
 
 
@@ -47,13 +47,10 @@ def read_preferences(path_or_repo_id: str | Path, class_names: Sequence[str], im
             another size, or a pair of one image.
     """
     import datasets
-    import pyarrow.parquet
+    import pyarrow
 
-    path = dataset_file(path_or_repo_id, "data/train-00000-of-00001.parquet")
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path} cannot be read as parquet ({error}); fetch it again or export it anew.") from error
+    shards = dataset_shards(path_or_repo_id)
+    table = pyarrow.concat_tables([read_table(shards.path(index)) for index in range(len(shards))])
     missing = sorted({"chosen", "rejected", "label"} - set(table.column_names))
     if missing:
         raise InputError(

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from pathalign.artefacts import artefact
 from pathalign.diffusion.loading import BaseModel
-from pathalign.generate import Sampling, draw, scratch_dir, set_scheduler
+from pathalign.generate import Sampling, draw, set_scheduler
 from pathalign.images import ImageSet, to_pixel_values
 from pathalign.progress import say
 from pathalign.randomness import seeded
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.reward_weighted import RewardWeightedConfig
+from pathalign.shards import scratch_dir
 from pathalign.trainers.adapter import TRAINING, AdapterTrainer, load_inputs
 from pathalign.trainers.base import cosine_rate, require_finite
 from pathalign.trainers.epochs import first_seed

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hub import accounts, buckets, cards, files, pulls, refs, repos, spaces
+from hub import accounts, buckets, cards, files, jobs, pulls, refs, repos, spaces
 from hub.errors import HubError, refused
 from hub.faults import Fault, Faults
 from hub.store import Store
@@ -36,6 +36,7 @@ MODULES = (
     cards,
     spaces,
     files,
+    jobs,
     refs,
     pulls,
     repos,
