@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pathalign.config import DATASET
+from pathalign.remote import parse, unusable
 from pathalign.schema import InputError
 
 
@@ -144,12 +146,13 @@ class ImageSet:
 
 
 def dataset_file(path_or_repo_id: str | Path, name: str, revision: str | None = None) -> Path:
-    """One file of a dataset: below a folder, or downloaded from a Hub dataset repo.
+    """One file of a dataset: below a folder, or downloaded from a Hub dataset, `OWNER/NAME` or `OWNER/NAME@REVISION`.
 
     Raises:
         InputError: If there is no such folder, repo or file.
     """
-    folder = Path(path_or_repo_id)
+    reference = parse(path_or_repo_id, revision)
+    folder = Path(reference.name)
     if folder.is_dir():
         if not (folder / name).is_file():
             found = sorted(path.name.split("-0")[0] for path in (folder / "data").glob("*.parquet"))
@@ -159,12 +162,9 @@ def dataset_file(path_or_repo_id: str | Path, name: str, revision: str | None = 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(str(path_or_repo_id), name, repo_type="dataset", revision=revision))
+        return Path(hf_hub_download(reference.name, name, repo_type="dataset", revision=reference.revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise InputError(
-            f"{str(path_or_repo_id)!r} is no folder here, and as a Hub dataset it cannot be read "
-            f"({type(error).__name__}). Check the spelling, or your login and connection."
-        ) from error
+        raise unusable(error, reference, DATASET) from error
 
 
 def decode(content: bytes) -> np.ndarray:

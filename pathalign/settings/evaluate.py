@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pathalign.config import StageConfig, option
+from pathalign.config import BACKBONE, DATASET, GRADER, REWARD_MODEL, StageConfig, option
 
 
 @dataclass
 class EvaluateConfig(StageConfig):
     """Which candidate sets are compared, against which real images, and who judges them."""
 
-    data: str = option("", "Real images: split `train` the base model saw, split `test` nothing saw.")
-    before: str = option("", "Candidate set of the base model.")
-    after: str = option("", "Candidate set of the aligned model, made with the seeds of `before`.")
-    control: str | None = option(None, "Candidate set of continued pretraining with the same compute, same seeds.")
-    best_of_n: str | None = option(None, "Candidate set of the base model, best of N by the reward model.")
-    judge: str = option("", "Simulated grader that measures; no part of feedback or reward.")
-    grader: str | None = option(None, "Simulated grader that gave the feedback, to compare with the judge.")
-    reward_model: str | None = option(None, "Reward model; adds rewards, and what its evaluation.json says.")
-    feedback: str | None = option(None, "Feedback dataset; its split `test` shows how the rewards are calibrated.")
+    data: str = option("", "Real images: split `train` the base model saw, split `test` nothing saw.", holds=DATASET)
+    before: str = option("", "Candidate set of the base model.", holds=DATASET)
+    after: str = option("", "Candidate set of the aligned model, made with the seeds of `before`.", holds=DATASET)
+    control: str | None = option(
+        None, "Candidate set of continued pretraining with the same compute, same seeds.", holds=DATASET
+    )
+    best_of_n: str | None = option(
+        None, "Candidate set of the base model, best of N by the reward model.", holds=DATASET
+    )
+    judge: str = option("", "Simulated grader that measures; no part of feedback or reward.", holds=GRADER)
+    grader: str | None = option(
+        None, "Simulated grader that gave the feedback, to compare with the judge.", holds=GRADER
+    )
+    reward_model: str | None = option(
+        None, "Reward model; adds rewards, and what its evaluation.json says.", holds=REWARD_MODEL
+    )
+    feedback: str | None = option(
+        None, "Feedback dataset; its split `test` shows how the rewards are calibrated.", holds=DATASET
+    )
     adapter: str | None = option(
         None, "Folder of the adapter that made `after`; its run record shows how rewards went while it was trained."
     )
-    encoder: str = option("efficientnet-lite0", "Image encoder; its features carry fidelity and usefulness.")
+    encoder: str = option(
+        "efficientnet-lite0", "Image encoder; its features carry fidelity and usefulness.", holds=BACKBONE
+    )
     neighbours: int = option(
         5, "Nearest neighbours of precision, recall, density and coverage.", minimum=1, maximum=100
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pathalign.config import StageConfig, option
+from pathalign.config import DATASET, StageConfig, option
 
 
 @dataclass
 class FeedbackConfig(StageConfig):
     """Turn raw grades into a feedback dataset."""
 
-    candidates: str = option("runs/candidates", "Candidate set that was graded: a folder or Hub id.")
+    candidates: str = option("runs/candidates", "Candidate set that was graded: a folder or Hub id.", holds=DATASET)
     grades: str = option("runs/grades", "Grades: a .jsonl file, or a folder with .jsonl files.")
     aggregation: Literal["majority", "dawid-skene"] = option(
         "majority",
