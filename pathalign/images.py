@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from pathalign.config import DATASET
-from pathalign.remote import parse, unusable
+from pathalign.pinning import unusable
+from pathalign.remote import parse
 from pathalign.schema import InputError
 
 

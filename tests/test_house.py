@@ -27,8 +27,8 @@ from pathalign.schema import DISCLAIMER
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = PROJECT / "pathalign"
 STAGES = """
-schema config settings artefacts progress remote randomness images cards near_duplicates augment phantom sources data
-diffusion reward generate grades ratings agreement grading feedback trainers evaluate hub stages workflow __init__
+schema config settings artefacts progress remote pinning randomness images cards near_duplicates augment phantom sources
+data diffusion reward generate grades ratings agreement grading feedback trainers evaluate hub stages workflow __init__
 options commands cli
 """.split()
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 80

@@ -170,7 +170,7 @@ def test_a_missing_or_truncated_model_is_one_clear_error(tmp_path: Path):
         RewardModel.from_pretrained(tmp_path)
     RewardModel(RewardModelConfig()).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(InputError, match="Cannot load a reward model"):
+    with pytest.raises(InputError, match="No reward model can be loaded"):
         RewardModel.from_pretrained(tmp_path)
 
 

@@ -14,7 +14,8 @@ from accelerate.utils import parse_flag_from_env
 from pathalign.config import PIPELINE
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
 from pathalign.diffusion.prompted import PromptPipeline
-from pathalign.remote import parse, unusable
+from pathalign.pinning import unusable
+from pathalign.remote import parse
 from pathalign.schema import InputError
 from pathalign.settings.prompt import PROMPT
 

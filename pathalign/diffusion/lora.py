@@ -17,7 +17,8 @@ from pathalign.artefacts import write_atomically
 from pathalign.config import ADAPTER
 from pathalign.diffusion.loading import BaseModel
 from pathalign.diffusion.pipeline import BASE_KEY, LORA_WEIGHTS_NAME, ClassConditionalPipeline, base_hash, other_base
-from pathalign.remote import parse, unusable
+from pathalign.pinning import unusable
+from pathalign.remote import parse
 from pathalign.schema import InputError
 
 ADAPTER_NAME = "default"

@@ -132,18 +132,18 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         Weights are read from safetensors only, never from a pickle.
 
         Raises:
-            InputError: If it cannot be loaded, or is no pipeline (an error of diffusers where pathalign is not installed).
+            InputError: If it cannot be loaded; diffusers' own error where pathalign is not installed.
         """
         kwargs.setdefault("use_safetensors", True)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, ValueError) as error:
             try:
-                remote = import_module("pathalign.remote")
+                pinning = import_module("pathalign.pinning")
             except ImportError:  # this file came with the weights
                 raise error from None
-            reference = remote.Reference(str(pretrained_model_name_or_path), kwargs.get("revision"))
-            raise remote.unusable(error, reference, "a pipeline") from error
+            reference = pinning.Reference(str(pretrained_model_name_or_path), kwargs.get("revision"))
+            raise pinning.unusable(error, reference, "a pipeline") from error
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
@@ -154,7 +154,7 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         """
         source, name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
         if name is not None and not name.endswith(".safetensors"):
-            raise ValueError(f"`weight_name` is {name!r}; adapters are read from .safetensors only, never from a pickle.")
+            raise ValueError(f"`weight_name` is {name!r}; adapters are read from .safetensors only, not from pickles.")
         offline = constants.HF_HUB_OFFLINE or kwargs.get("local_files_only")
         if name is None and offline and not isinstance(source, dict) and not Path(source).exists():
             kwargs["weight_name"] = LORA_WEIGHTS_NAME
@@ -199,7 +199,7 @@ def base_hash(unet: UNet2DConditionModel) -> str:
 
 
 def other_base(unet: UNet2DConditionModel, metadata: Mapping[str, Any] | None) -> str:
-    """What is wrong if an adapter's metadata names another base model than this UNet; empty if it names this one or none."""
+    """What is wrong if an adapter's metadata names another base model than this UNet; else empty."""
     wanted = (metadata or {}).get(BASE_KEY)
     if wanted is None or wanted == (own := base_hash(unet)):
         return ""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from pathalign.config import BACKBONE, DATASET, GRADER, REWARD_MODEL, StageConfig, option
+from pathalign.config import ADAPTER, BACKBONE, DATASET, GRADER, REWARD_MODEL, StageConfig, option
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass
@@ -31,10 +34,15 @@ class EvaluateConfig(StageConfig):
         None, "Feedback dataset; its split `test` shows how the rewards are calibrated.", holds=DATASET
     )
     adapter: str | None = option(
-        None, "Folder of the adapter that made `after`; its run record shows how rewards went while it was trained."
+        None,
+        "Adapter that made `after`, a folder or Hub id: its run record shows how rewards went while it was trained.",
+        holds=ADAPTER,
     )
     encoder: str = option(
         "efficientnet-lite0", "Image encoder; its features carry fidelity and usefulness.", holds=BACKBONE
+    )
+    trust_remote_code: bool = option(
+        False, "Run code that the repo of `encoder` brings; `encoder` must then be OWNER/NAME@COMMIT."
     )
     neighbours: int = option(
         5, "Nearest neighbours of precision, recall, density and coverage.", minimum=1, maximum=100
@@ -44,7 +52,7 @@ class EvaluateConfig(StageConfig):
     seed: int = option(0, "Seed of the subsets of real images and of the bootstrap.", minimum=0)
 
     def problems(self) -> list[str]:
-        """Four inputs have no default, and calibration needs a reward model."""
+        """Four inputs have no default, calibration needs a reward model, and code that is run a commit."""
         problems = [
             f"`{name}` is empty; give the folder or Hub id that the `{stage}` stage wrote."
             for name, stage in (("data", "data"), ("before", "generate"), ("after", "generate"), ("judge", "graders"))
@@ -53,5 +61,10 @@ class EvaluateConfig(StageConfig):
         if self.feedback and not self.reward_model:
             problems.append(
                 "`feedback` shows the reward model's calibration; give `reward_model` too, or leave it out."
+            )
+        if self.trust_remote_code and not COMMIT.fullmatch(self.encoder.rpartition("@")[2]):
+            problems.append(
+                f"`trust_remote_code` runs code from {self.encoder!r}; name the commit that you have read, as "
+                "OWNER/NAME@COMMIT with all 40 digits."
             )
         return problems
