@@ -74,7 +74,7 @@ def _pinned(text: str, holds: str, option: str, revision: str | None = None) -> 
     if folder.is_dir():
         found = holding(reference)
         if found.kind != holds and found.witness:
-            raise InputError(f"{folder} is {found.kind}, and `{option}` takes {_wanted(holds)}.")
+            raise InputError(f"`{option}`: {folder} is {found.kind}; give {_wanted(holds)} instead.")
     elif is_repo_id(reference.name):
         try:
             return Reference(reference.name, commit_of(reference, holds))
@@ -130,7 +130,7 @@ def unusable(error: Exception, reference: Reference, holds: str) -> InputError:
         if isinstance(error, RepositoryNotFoundError):
             for other in REPO_TYPES:
                 if other != repo_type and HfApi().repo_exists(reference.name, repo_type=other):
-                    return InputError(f"{_where(reference, other)} is a {other}; what is wanted is {_wanted(holds)}.")
+                    return InputError(f"{_where(reference)} is a {other}; give {_wanted(holds)} instead.")
             absent = explained(error, reference.name, repo_type, reference.revision)
             return InputError(f"{absent} There is no folder {reference.name} here either.")
         _check(reference, holding(reference, repo_type), holds)
@@ -211,9 +211,9 @@ def model_file(path_or_repo_id: str, name: str) -> Path | None:
 
 
 def _check(reference: Reference, found: Holding, holds: str) -> None:
-    where = _where(reference, _type_of(holds))
+    where = _where(reference)
     if found.kind != holds:
-        raise InputError(f"{where} is {found.kind}; what is wanted is {_wanted(holds)}.")
+        raise InputError(f"{where} is {found.kind}; give {_wanted(holds)} instead.")
     inside = "unet/" if holds == PIPELINE else ""
     names = [name for name in found.files if name.startswith(inside) and name.count("/") == inside.count("/")]
     pickled = [name for name in names if name.endswith(PICKLES)]
@@ -251,10 +251,8 @@ def _wanted(holds: str) -> str:
     return f"{holds} made by `{MADE_BY[holds]}`" if holds in MADE_BY else holds
 
 
-def _where(reference: Reference, repo_type: str) -> str:
-    if Path(reference.name).is_dir():
-        return reference.name
-    return f"The {repo_type} {str(reference)!r} on {endpoint()}"
+def _where(reference: Reference) -> str:
+    return reference.name if Path(reference.name).is_dir() else f"{str(reference)!r} on {endpoint()}"
 
 
 def identity(path_or_repo_id: str, revision: str | None = None) -> str:

@@ -194,21 +194,21 @@ REFUSED = {
     "no such commit": ([*GENERATE, f"lab/base@{'0' * 40}"], ["'lab/base'", "no revision", "a tag or a commit"]),
     "two revisions": ([*GENERATE, "lab/base@old", "--revision", "main"], ["contradict each other"]),
     "empty revision": ([*GENERATE, "lab/base@"], ["names no revision", "write lab/base@REVISION"]),
-    "dataset as model": ([*GENERATE, "lab/candidates"], ["is a dataset", "wanted is a pipeline", "pathalign pretrain"]),
-    "adapter as model": ([*GENERATE, "lab/adapter@old"], ["is a LoRA adapter", "wanted is a pipeline"]),
-    "reward model as model": ([*GENERATE, "lab/reward"], ["is a reward model", "wanted is a pipeline"]),
+    "dataset as model": ([*GENERATE, "lab/candidates"], ["is a dataset", "give a pipeline", "pathalign pretrain"]),
+    "adapter as model": ([*GENERATE, "lab/adapter@old"], ["is a LoRA adapter", "give a pipeline"]),
+    "reward model as model": ([*GENERATE, "lab/reward"], ["is a reward model", "give a pipeline"]),
     "pipeline as adapter": ([*GENERATE, "lab/base", "--adapter", "lab/base"], ["`adapter`:", "is a pipeline"]),
     "pipeline as reward model": (
         [*GENERATE, "lab/base", "--reward-model", "lab/base"],
-        ["`reward_model`:", "is a pipeline", "wanted is a reward model", "pathalign reward"],
+        ["`reward_model`:", "is a pipeline", "give a reward model", "pathalign reward"],
     ),
     "backbone as reward model": ([*GENERATE, "lab/base", "--reward-model", "lab/vit"], ["is a transformers model"]),
     "model as dataset": (["feedback", "--candidates", "lab/base"], ["`candidates`:", "is a model", "a dataset"]),
     "reward model as judge": (
         ["grade", "simulate", "--candidates", "lab/candidates", "--grader", "lab/reward"],
-        ["`grader`:", "is a reward model", "wanted is a simulated grader", "pathalign grade fit"],
+        ["`grader`:", "is a reward model", "give a simulated grader", "pathalign grade fit"],
     ),
-    "folder of another kind": ([*GENERATE, "adapter"], ["adapter is a LoRA adapter, and `model` takes a pipeline"]),
+    "folder of another kind": ([*GENERATE, "adapter"], ["`model`: adapter is a LoRA adapter; give a pipeline"]),
     "source of data that is a model": (["data", "--source", "lab/base"], ["is a model", "a dataset"]),
     "pickled pipeline": (
         [*GENERATE, "lab/pickled-base"],
@@ -224,11 +224,11 @@ REFUSED = {
     ),
 }
 CALLS_REFUSED = {
-    "pipeline.from_pretrained": ["'lab/adapter'", "is a LoRA adapter", "wanted is a pipeline"],
+    "pipeline.from_pretrained": ["'lab/adapter'", "is a LoRA adapter", "give a pipeline"],
     "absent pipeline.from_pretrained": ["'lab/none'", "does not exist", "hf auth login"],
     "pickled pipeline.from_pretrained": ["pickle only (unet/diffusion_pytorch_model.bin)"],
-    "RewardModel.from_pretrained": ["'lab/vit'", "is a transformers model", "wanted is a reward model"],
-    "RewardModel.from_pretrained of a pipeline": ["'lab/base@old'", "is a pipeline", "wanted is a reward model"],
+    "RewardModel.from_pretrained": ["'lab/vit'", "is a transformers model", "give a reward model"],
+    "RewardModel.from_pretrained of a pipeline": ["'lab/base@old'", "is a pipeline", "give a reward model"],
     "pickled RewardModel.from_pretrained": ["pickle only (pytorch_model.bin)"],
     "remote code": ["needs code from its own repo", "never runs", "--trust-remote-code", "OWNER/NAME@COMMIT"],
 }
