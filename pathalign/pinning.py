@@ -131,8 +131,6 @@ def unusable(error: Exception, reference: Reference, holds: str) -> InputError:
             for other in REPO_TYPES:
                 if other != repo_type and HfApi().repo_exists(reference.name, repo_type=other):
                     return InputError(f"{_where(reference)} is a {other}; give {_wanted(holds)} instead.")
-            absent = explained(error, reference.name, repo_type, reference.revision)
-            return InputError(f"{absent} There is no folder {reference.name} here either.")
         _check(reference, holding(reference, repo_type), holds)
     except InputError as wrong:
         return wrong
@@ -143,7 +141,9 @@ def unusable(error: Exception, reference: Reference, holds: str) -> InputError:
         nowhere = "there is no folder here of that name, and a Hub repo is called OWNER/NAME."
         reason = first_line(error) if here else nowhere
         return InputError(f"No {holds.removeprefix('a ')} can be loaded from {reference.name!r}: {reason}")
-    return explained(error, reference.name, repo_type, reference.revision)
+    said = str(explained(error, reference.name, repo_type, reference.revision))
+    absent = "does not exist" in said or "cannot be reached" in said
+    return InputError(f"{said} There is no folder {reference.name} here either." if absent else said)
 
 
 def holding(reference: Reference, repo_type: str = "model") -> Holding:
