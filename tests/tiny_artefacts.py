@@ -43,9 +43,9 @@ def draw(pipeline):
 """
 
 
-def pipeline(seed: int = 0) -> ClassConditionalPipeline:
+def pipeline(seed: int = 0, classes: tuple[str, ...] = CLASSES) -> ClassConditionalPipeline:
     """A pipeline of 16 px images; another seed, other weights."""
-    made = new_pipeline(PretrainConfig(block_out_channels=[8, 16], attention_levels=[1], seed=seed), 16, CLASSES)
+    made = new_pipeline(PretrainConfig(block_out_channels=[8, 16], attention_levels=[1], seed=seed), 16, classes)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -69,11 +69,11 @@ def save_adapter(folder: Path, base: ClassConditionalPipeline, seed: int) -> Non
     base.unet.delete_adapters(lora.ADAPTER_NAME)
 
 
-def reward_model(seed: int = 0) -> RewardModel:
+def reward_model(seed: int = 0, classes: tuple[str, ...] = CLASSES) -> RewardModel:
     """A reward model whose rewards differ between images and classes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return RewardModel(RewardModelConfig(class_names=list(CLASSES), image_size_px=16)).eval()
+        return RewardModel(RewardModelConfig(class_names=list(classes), image_size_px=16)).eval()
 
 
 def candidates(images: ImageSet) -> ImageSet:

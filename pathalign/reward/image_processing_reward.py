@@ -34,7 +34,7 @@ def load_image(image: Image.Image | np.ndarray | str | Path) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         return image
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,)):
         return Image.fromarray(image)
     if isinstance(image, (str, Path)):
         if "://" in str(image):
@@ -42,7 +42,7 @@ def load_image(image: Image.Image | np.ndarray | str | Path) -> Image.Image:
         with Image.open(image) as opened:
             opened.load()
             return opened
-    found = f"array of {image.dtype}" if hasattr(image, "dtype") else type(image).__name__
+    found = f"{image.dtype} array {tuple(image.shape)}" if hasattr(image, "dtype") else type(image).__name__
     raise ValueError(f"An image is given as {found}; give a PIL image, a file, or a uint8 array (height, width, 3).")
 
 
