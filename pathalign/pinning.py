@@ -14,7 +14,6 @@ from pathalign.artefacts import fingerprint
 from pathalign.config import ADAPTER, BACKBONE, DATASET, GRADER, PIPELINE, REWARD_MODEL, StageConfig
 from pathalign.remote import REPO_TYPES, Reference, endpoint, explained, first_line, is_repo_id, parse
 from pathalign.schema import InputError
-from pathalign.settings.adapter import weighted_source
 
 WEIGHTS_OF_ADAPTERS = "pytorch_lora_weights"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -57,8 +56,8 @@ def pinned(config: Config) -> Config:
         if not holds or not value:
             continue
         if isinstance(value, list):
-            parts = [weighted_source(text) for text in value]
-            changes[item.name] = [f"{_pinned(part, holds, item.name)}={weight:g}" for part, weight in parts]
+            parts = [text.rpartition("=") for text in value]  # SOURCE=WEIGHT, checked when they were read
+            changes[item.name] = [f"{_pinned(source, holds, item.name)}={weight}" for source, _, weight in parts]
             continue
         apart = item.metadata["revision"]
         found = _pinned(value, holds, item.name, getattr(config, apart) if apart else None)

