@@ -142,7 +142,7 @@ def unusable(error: Exception, reference: Reference, holds: str) -> InputError:
         return InputError(f"No {holds.removeprefix('a ')} can be loaded from {reference.name!r}: {reason}")
     said = str(explained(error, reference.name, repo_type, reference.revision))
     absent = "does not exist" in said or "cannot be reached" in said
-    return InputError(f"{said} There is no folder {reference.name} here either." if absent else said)
+    return InputError(f"There is no folder {reference.name} here, and {said[0].lower()}{said[1:]}" if absent else said)
 
 
 def holding(reference: Reference, repo_type: str = "model") -> Holding:

@@ -118,8 +118,15 @@ main(["align", "--base-model", "lab/base", "--base-revision", "old", "--reward-m
       "--data", "lab/candidates@old", *few, *weak, "--output-dir", str(out / "aligned")], standalone_mode=False)
 main(["data", "--source", "lab/candidates", "--test-share", "0.3", "--output-dir", str(out / "data")],
      standalone_mode=False)
+from pathalign.evaluate import load_panel
+from pathalign.settings.evaluate import EvaluateConfig
+panel = load_panel(EvaluateConfig(
+    data="d", before="b", after="a", judge="lab/judge@main", encoder=sys.argv[3], trust_remote_code=True
+))
+network = type(panel.encoder.network)
+shown = [network.__name__, network.__module__, panel.judge.class_names]
 records = {name: json.loads((out / name / "run.json").read_text()) for name in ("samples", "aligned", "data")}
-print(json.dumps({"records": records, "said": said}))
+print(json.dumps({"records": records, "said": said, "panel": shown}))
 """
 )
 REFUSALS = (
@@ -147,7 +154,10 @@ print(json.dumps(said))
 
 GENERATE = ["generate", "--images-per-class", "1", "--inference-steps", "2", "--model"]
 REFUSED = {
-    "absent": ([*GENERATE, "lab/none"], ["`model`: The model 'lab/none'", "does not exist", "no folder lab/none here"]),
+    "absent": (
+        [*GENERATE, "lab/none"],
+        ["`model`: There is no folder lab/none here, and the model 'lab/none'", "does not exist"],
+    ),
     "no such revision": ([*GENERATE, "lab/base@nope"], ["'lab/base'", "no revision 'nope'", "a tag or a commit"]),
     "no such commit": ([*GENERATE, f"lab/base@{'0' * 40}"], ["'lab/base'", "no revision", "a tag or a commit"]),
     "two revisions": ([*GENERATE, "lab/base@old", "--revision", "main"], ["contradict each other"]),
@@ -316,7 +326,7 @@ def made(site: Site) -> dict[str, Any]:
     """Run records of artefacts that were made from the Hub below `made`, and what other commands said."""
     with_adapter = [*GENERATE, "lab/base@old", "--adapter", "lab/adapter"]
     commands = {"other base": with_adapter, "any base": [*with_adapter, "--any-base"]}
-    return site.run(COMMANDS, json.dumps(commands), "made")
+    return site.run(COMMANDS, json.dumps(commands), "made", f"lab/code@{site.commits['code']['main']}")
 
 
 @pytest.fixture(scope="module")
@@ -405,23 +415,11 @@ def test_an_adapter_on_another_revision_of_its_base_is_refused_unless_asked_for(
     assert not (site.folder / "made/other base").exists()
 
 
-@pytest.mark.slow
-def test_code_of_a_backbone_runs_only_with_the_flag_and_at_a_commit(site: Site):
+def test_code_of_a_backbone_runs_only_with_the_flag_and_at_a_commit(site: Site, made: dict[str, Any]):
     with pytest.raises(InputError, match=r"`trust_remote_code` runs code from 'lab/code'; .* OWNER/NAME@COMMIT"):
         EvaluateConfig(data="d", before="b", after="a", judge="j", encoder="lab/code", trust_remote_code=True)
-    commit = site.commits["code"]["main"]
-    code = """
-    import json, sys
-    from pathalign.evaluate import load_panel
-    from pathalign.settings.evaluate import EvaluateConfig
-    panel = load_panel(EvaluateConfig(
-        data="d", before="b", after="a", judge="lab/judge@main", encoder=sys.argv[1], trust_remote_code=True
-    ))
-    network = type(panel.encoder.network)
-    print(json.dumps([network.__name__, network.__module__, panel.judge.class_names]))
-    """
-    name, module, judged = site.run(code, f"lab/code@{commit}")
-    assert name == "OwnModel" and commit in module
+    name, module, judged = made["panel"]
+    assert name == "OwnModel" and site.commits["code"]["main"] in module
     assert judged == ["a", "b", "c"]
 
 
@@ -442,11 +440,13 @@ def test_without_connection_everything_loads_from_the_cache(site: Site, stopped:
 
 @pytest.mark.slow
 def test_without_connection_stages_read_the_cache_and_name_what_is_not_in_it(
-    site: Site, stopped: dict[str, str], records: dict[str, Any]
+    site: Site, stopped: dict[str, str], made: dict[str, Any]
 ):
     commands = {"never loaded": [*GENERATE, "lab/gated"], "other revision": [*GENERATE, "lab/base@nope"]}
-    offline = site.run(COMMANDS, json.dumps(commands), "offline", **stopped)
-    for name, record in records.items():
+    encoder = f"lab/code@{site.commits['code']['main']}"
+    offline = site.run(COMMANDS, json.dumps(commands), "offline", encoder, **stopped)
+    assert offline["panel"] == made["panel"]
+    for name, record in made["records"].items():
         found = offline["records"][name]
         assert {**found["inputs"], **found["config"]} == {**record["inputs"], **record["config"]}
     again, first = (ImageSet.load(site.folder / name / "samples") for name in ("offline", "made"))
