@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -435,6 +436,17 @@ def test_a_model_with_pickled_weights_is_refused(tmp_path: Path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"weights as a pickle only \(pytorch_model.bin\)"):
         RewardModel.from_pretrained(tmp_path)
+
+
+def test_a_backbone_with_code_of_another_repo_is_refused_even_if_trusted(tiny_vit: Path, tmp_path: Path):
+    shutil.copytree(tiny_vit, tmp_path / "vit")
+    path = tmp_path / "vit" / "config.json"
+    own = {"model_type": "of_another", "auto_map": {"AutoConfig": "lab/other--own.OwnConfig"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with pytest.raises(InputError, match=r"takes its code from another repo \(lab/other--own.OwnConfig\)"):
+        load_encoder(str(tmp_path / "vit"), trust_remote_code=True)
+    with pytest.raises(InputError, match="needs code from its own repo"):
+        load_encoder(str(tmp_path / "vit"))
 
 
 def test_checkpoints_of_other_settings_are_not_used(tmp_path: Path):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from .image_processing_reward import resize
@@ -121,14 +121,28 @@ def encoder_spec(
     )
 
 
+def _check_code_is_its_own(name: str, revision: str | None) -> None:
+    """Refuse code of a second repo, whose commit nobody named."""
+    settings, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    borrowed = sorted(str(source) for source in settings.get("auto_map", {}).values() if "--" in str(source))
+    if borrowed:
+        raise InputError(
+            f"Encoder {name!r} takes its code from another repo ({borrowed[0]}), at no commit in particular; copy it "
+            "into a repo of your own, read it, and name the commit of that."
+        )
+
+
 def load_encoder(
     name: str, image_size_px: int | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> Encoder:
     """A pretrained encoder in evaluation mode; arguments and errors as in `encoder_spec`.
 
     Raises:
-        InputError: Also if `efficientnet-lite0` is not installed, or the name has no pretrained weights.
+        InputError: Also if `efficientnet-lite0` is not installed, the name has no pretrained weights, or trusted code
+            lies in another repo.
     """
+    if trust_remote_code:
+        _check_code_is_its_own(name, revision)
     spec = encoder_spec(name, image_size_px, revision, trust_remote_code)
     if trust_remote_code:
         options = {"revision": revision, "trust_remote_code": True, "use_safetensors": True}
