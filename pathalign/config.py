@@ -19,10 +19,31 @@ import yaml
 
 from pathalign.schema import InputError
 
+# What a folder or Hub repo can hold that a stage reads; `remote.py` tells them apart.
+PIPELINE, ADAPTER, REWARD_MODEL = "a pipeline", "a LoRA adapter", "a reward model"
+GRADER, BACKBONE, DATASET = "a simulated grader", "a transformers model", "a dataset"
 
-def option(default: Any, help: str, *, minimum: float | None = None, maximum: float | None = None) -> Any:
-    """A documented field of a stage's configuration; a list default is copied for each instance."""
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum}
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    holds: str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """A documented field of a stage's configuration; a list default is copied for each instance.
+
+    Args:
+        default: Value of the field where none is given.
+        help: What the command line says of it.
+        minimum: Least number.
+        maximum: Largest number.
+        holds: What must be found at the folder or Hub id that the field takes, one of the kinds above.
+        revision: The field with its Hub revision, if there is one; `OWNER/NAME@REVISION` says the same anywhere.
+    """
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "holds": holds, "revision": revision}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

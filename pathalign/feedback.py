@@ -18,6 +18,7 @@ from pathalign.artefacts import artefact, fingerprint
 from pathalign.grades import SHOWN, CurrentGrades, current_grades, read_grades
 from pathalign.images import ImageSet
 from pathalign.near_duplicates import near_duplicate_groups, perceptual_hashes
+from pathalign.pinning import pinned
 from pathalign.progress import say
 from pathalign.ratings import REAL_CONTROL, REPEAT, SCORES, Ratings, collect_ratings
 from pathalign.schema import Grade, InputError, RunRecord
@@ -41,6 +42,7 @@ def build(config: FeedbackConfig, output_dir: str | Path) -> RunRecord:
             if the place cannot be written to.
     """
     started = time.monotonic()
+    config = pinned(config)
     current = current_grades([grade for source in config.grades for grade in read_grades(source)])
     candidates = ImageSet.joined([ImageSet.load(source) for source in config.candidates])
     check_against_candidates(current.grades, candidates)

@@ -12,13 +12,13 @@ import diffusers
 import torch
 from torch import Tensor
 
-from pathalign.artefacts import fingerprint
 from pathalign.diffusion import lora
 from pathalign.diffusion.loading import BaseModel, load_base, pipeline_kind
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
 from pathalign.images import ImageSet, contact_sheet, shard_name, to_images, to_pixel_values
+from pathalign.pinning import identity, pinned
 from pathalign.progress import Progress
-from pathalign.reward import RewardModel, RewardModelConfig
+from pathalign.reward import RewardModelConfig, load_reward_model
 from pathalign.schema import InputError, RunRecord, unknown_name
 from pathalign.settings.generate import GenerateConfig
 from pathalign.shards import Process, write_shards
@@ -100,6 +100,7 @@ def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
     Raises:
         InputError: If the pipeline, adapter or reward model cannot be loaded, or a class is unknown.
     """
+    config = pinned(config)
     device = Process.current().device()
     pipeline = load_base(config.model, config.revision, config.classes, config.prompt, device)
     names = config.classes or pipeline.class_names
@@ -107,15 +108,12 @@ def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
         if name not in pipeline.class_names:
             raise InputError(unknown_name("class", name, pipeline.class_names))
     if config.adapter is not None:
-        lora.load(pipeline, config.adapter, config.adapter_scale)
+        lora.load(pipeline, config.adapter, config.adapter_scale, any_base=config.any_base)
     set_scheduler(pipeline, config.scheduler)
-    reward_model = RewardModel.from_pretrained(config.reward_model).to(device) if config.reward_model else None
+    reward_model = load_reward_model(config.reward_model).to(device) if config.reward_model else None
     labels = [pipeline.class_names.index(name) for name in names for _ in range(config.images_per_class)]
-    inputs = {"model": revision_of(config.model, config.revision)}
-    if config.adapter is not None:
-        inputs["adapter"] = revision_of(config.adapter, None)
-    if config.reward_model is not None:
-        inputs["reward_model"] = revision_of(config.reward_model, None)
+    inputs = {"model": identity(config.model, config.revision)}
+    inputs |= {name: identity(source) for name in ("adapter", "reward_model") if (source := getattr(config, name))}
     record = RunRecord(
         stage="generate",
         config=asdict(config),
@@ -283,9 +281,3 @@ def score(reward_model: ImageReward, images: Tensor, class_ids: Sequence[int], c
         reward_model.rewards(pixels, part) for pixels, part in zip(pixel_values.split(250), ids.split(250), strict=True)
     ]
     return torch.cat(parts).cpu()
-
-
-def revision_of(path_or_repo_id: str, revision: str | None) -> str:
-    """What tells one version of a model from another: a content hash, or the Hub revision asked for."""
-    folder = Path(path_or_repo_id)
-    return fingerprint(folder) if folder.is_dir() else f"{path_or_repo_id}@{revision or 'main'}"

@@ -19,6 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pathalign.config import DATASET
+from pathalign.pinning import unusable
+from pathalign.remote import parse
 from pathalign.schema import InputError
 
 
@@ -235,7 +238,7 @@ class Shards:
         revision: Commit of the Hub dataset, or what was asked for where the Hub cannot be reached.
     """
 
-    source: str | Path
+    source: str
     names: tuple[str, ...]
     revision: str | None = None
 
@@ -253,17 +256,18 @@ def dataset_shards(path_or_repo_id: str | Path, split: str = "train", revision: 
     Raises:
         InputError: If there is no such folder, repo or split, or a shard is missing.
     """
-    folder = Path(path_or_repo_id)
+    reference = parse(path_or_repo_id, revision)
+    source, revision, folder = reference.name, reference.revision, Path(reference.name)
     if folder.is_dir():
         names, commit = [f"data/{path.name}" for path in (folder / "data").glob(f"{split}-*.parquet")], revision
     else:
-        names, commit = _hub_files(str(path_or_repo_id), revision)
+        names, commit = _hub_files(source, revision)
     pattern = re.compile(rf"data/{re.escape(split)}-\d{{5,}}-of-(\d{{5,}})\.parquet")
     counts = sorted({int(found[1]) for name in names if (found := pattern.fullmatch(name))})
     if not counts:
         single = f"data/{shard_name(split, 0, 1)}"
-        dataset_file(path_or_repo_id, single, revision)  # says what is wrong, or finds it in the cache
-        return Shards(path_or_repo_id, (single,), revision)
+        dataset_file(source, single, revision)  # says what is wrong, or finds it in the cache
+        return Shards(source, (single,), revision)
     if len(counts) > 1:
         raise InputError(f"{path_or_repo_id} holds the shards of several sets of {split!r}, of {counts}: keep one set.")
     wanted = tuple(f"data/{shard_name(split, index, counts[0])}" for index in range(counts[0]))
@@ -271,7 +275,7 @@ def dataset_shards(path_or_repo_id: str | Path, split: str = "train", revision: 
         raise InputError(
             f"{path_or_repo_id} lacks {len(missing)} of {len(wanted)} shards, such as {missing[0]}; fetch or make them."
         )
-    return Shards(path_or_repo_id, wanted, commit)
+    return Shards(source, wanted, commit)
 
 
 def _hub_files(repo_id: str, revision: str | None) -> tuple[list[str], str | None]:
@@ -299,12 +303,13 @@ def _hub_files(repo_id: str, revision: str | None) -> tuple[list[str], str | Non
 
 
 def dataset_file(path_or_repo_id: str | Path, name: str, revision: str | None = None) -> Path:
-    """One file of a dataset: below a folder, or downloaded from a Hub dataset repo.
+    """One file of a dataset: below a folder, or downloaded from a Hub dataset, `OWNER/NAME` or `OWNER/NAME@REVISION`.
 
     Raises:
         InputError: If there is no such folder, repo or file.
     """
-    folder = Path(path_or_repo_id)
+    reference = parse(path_or_repo_id, revision)
+    folder = Path(reference.name)
     if folder.is_dir():
         if not (folder / name).is_file():
             found = sorted({path.name.split("-0")[0] for path in (folder / "data").glob("*.parquet")})
@@ -314,12 +319,9 @@ def dataset_file(path_or_repo_id: str | Path, name: str, revision: str | None = 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(str(path_or_repo_id), name, repo_type="dataset", revision=revision))
+        return Path(hf_hub_download(reference.name, name, repo_type="dataset", revision=reference.revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise InputError(
-            f"{str(path_or_repo_id)!r} is no folder here, and as a Hub dataset it cannot be read "
-            f"({type(error).__name__}). Check the spelling, or your login and connection."
-        ) from error
+        raise unusable(error, reference, DATASET) from error
 
 
 def decode(content: bytes) -> np.ndarray:

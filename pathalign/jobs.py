@@ -16,11 +16,12 @@ from typing import Any
 
 from pathalign.config import ConfigError, StageConfig, build, plain_type
 from pathalign.hub import jobs as hub
+from pathalign.ledger import LEDGER_NAME
 from pathalign.progress import say
 from pathalign.schema import InputError
 from pathalign.settings.adapter import is_function, weighted_source
 from pathalign.stages import SCORE, STAGES, Stage, load
-from pathalign.workflow import LEDGER_NAME, TOP_KEYS, execute, plan
+from pathalign.workflow import TOP_KEYS, execute, plan
 
 VARIABLE = "PATHALIGN_JOB"
 RUN = "run"  # all stages

@@ -1,13 +1,29 @@
-"""Repos on a Hub: which Hub is asked, what is a repo's id, and what its errors mean to whoever typed the id."""
+"""Repos on a Hub: which one and which commit a text means, what it holds, and what its errors mean to whoever typed it.
+
+Wherever a folder or Hub id is taken, `OWNER/NAME@REVISION` names a branch, a tag or a commit. Nothing is executed and
+no weights are fetched here: what a repo holds is told by the names of its files and by its `config.json`.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from pathalign.schema import InputError
 
 REPO_TYPES = ("model", "dataset", "space")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A folder, or a Hub repo with the revision that is wanted of it."""
+
+    name: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
 def is_repo_id(path_or_repo_id: str | Path) -> bool:
@@ -23,6 +39,29 @@ def is_repo_id(path_or_repo_id: str | Path) -> bool:
     except HFValidationError:
         return False
     return text.count("/") == 1
+
+
+def parse(path_or_repo_id: str | Path, revision: str | None = None) -> Reference:
+    """Read a folder, `OWNER/NAME` or `OWNER/NAME@REVISION`.
+
+    Args:
+        path_or_repo_id: As the user gave it; what exists here is a folder, whatever its name.
+        revision: The same said apart.
+
+    Raises:
+        InputError: If both say different revisions, the one after `@` is empty, or a folder is given one.
+    """
+    text = str(path_or_repo_id)
+    name, at, own = text.rpartition("@")
+    if Path(text).exists() or not at or not is_repo_id(name):
+        if revision and Path(text).exists():
+            raise InputError(f"Revision {revision!r} is wanted of {text}, which is a folder here; leave it out.")
+        return Reference(text, revision)
+    if not own:
+        raise InputError(f"{text!r} names no revision; write {name}@REVISION, or {name} for its newest.")
+    if revision and revision != own:
+        raise InputError(f"{text!r} and the revision {revision!r} contradict each other; give one of them.")
+    return Reference(name, own)
 
 
 def endpoint() -> str:
@@ -44,6 +83,7 @@ def explained(error: Exception, repo_id: str, repo_type: str = "model", revision
     from huggingface_hub import errors
 
     where = f"The {repo_type} {repo_id!r} on {endpoint()}"
+    unreachable = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.RevisionResolutionError)
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, errors.GatedRepoError):
@@ -55,7 +95,7 @@ def explained(error: Exception, repo_id: str, repo_type: str = "model", revision
                 f"{where} does not exist, or is private and your token may not see it. Check the spelling and the "
                 f"kind of repo, and log in with `hf auth login` or set HF_TOKEN."
             )
-        if isinstance(found, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        if isinstance(found, unreachable):
             return InputError(
                 f"{where} cannot be reached, and is not in the cache of this machine. "
                 + ("Unset HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "Check your connection")
@@ -71,4 +111,9 @@ def explained(error: Exception, repo_id: str, repo_type: str = "model", revision
                 )
             return InputError(f"{where} answered {status}. Try again later.")
         found = found.__cause__ or found.__context__
-    return InputError(f"{where} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    return InputError(f"{where} cannot be read: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from pathalign.artefacts import fingerprint
-from pathalign.generate import known_ids, revision_of
+from pathalign.generate import known_ids
 from pathalign.images import ImageSet, Shards, dataset_shards, read_table, shard_name, to_pixel_values
+from pathalign.pinning import identity, pinned
 from pathalign.progress import Progress, say
-from pathalign.reward import RewardModel
+from pathalign.reward import RewardModel, load_reward_model
 from pathalign.schema import RunRecord
 from pathalign.settings.score import ScoreConfig
 from pathalign.shards import Process, write_shards
@@ -31,11 +32,10 @@ def score_set(config: ScoreConfig, output_dir: str | Path) -> RunRecord:
     Raises:
         InputError: If the candidates or the reward model cannot be read, or it does not know one of the classes.
     """
-    process = Process.current()
-    shards = dataset_shards(config.candidates, config.split, config.candidates_revision)
-    model = RewardModel.from_pretrained(config.reward_model, revision=config.reward_revision)
-    model = model.to(process.device()).eval()
-    inputs = {"candidates": _content(shards), "reward_model": revision_of(config.reward_model, config.reward_revision)}
+    config, process = pinned(config), Process.current()
+    shards = dataset_shards(config.candidates, config.split)
+    model = load_reward_model(config.reward_model).to(process.device()).eval()
+    inputs = {"candidates": _content(shards), "reward_model": identity(config.reward_model)}
     record = RunRecord(stage="score", config=asdict(config), inputs=inputs)
 
     def make(index: int, scratch: Path, progress: Progress) -> None:

@@ -15,7 +15,9 @@ from PIL import Image
 
 from pathalign import phantom
 from pathalign.artefacts import fingerprint
-from pathalign.config import unknown_key
+from pathalign.config import DATASET, unknown_key
+from pathalign.pinning import unusable
+from pathalign.remote import Reference, explained, parse
 from pathalign.schema import InputError
 from pathalign.settings.data import DataConfig
 
@@ -67,8 +69,8 @@ def find_rows(config: DataConfig) -> Source:
         source = dataclasses.replace(_from_parquet([path]), revision=fingerprint(path))
     elif path.is_file():
         raise InputError(f"{path} is one file; `source` must be a folder of images, parquet files or a Hub dataset id.")
-    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", config.source):
-        return _from_hub(config.source, config.revision)
+    elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@.*)?", config.source):
+        return _from_hub(parse(config.source, config.revision))
     else:
         near = difflib.get_close_matches(path.name, _names_in(path.parent), n=1)
         raise InputError(f"There is no folder {path}." + (f" Did you mean {path.with_name(near[0])}?" if near else ""))
@@ -125,26 +127,28 @@ def _from_parquet(paths: Sequence[Path]) -> Source:
     return _from_tables(tables)
 
 
-def _from_hub(repo_id: str, revision: str | None) -> Source:
+def _from_hub(reference: Reference) -> Source:
     import datasets
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    absent = f"{repo_id!r} is no folder here, and as a Hub dataset (revision {revision or 'main'}) it cannot be read: "
+    name, asked = reference.name, reference.revision
     try:
-        commit = HfApi().dataset_info(repo_id, revision=revision).sha
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        commit = HfApi().resolve_revision(name, repo_type="dataset", revision=asked).resolved
+        loaded = datasets.load_dataset(name, revision=commit)
+    except RepositoryNotFoundError as error:
+        raise unusable(error, reference, DATASET) from error
+    except Exception as error:  # of httpx, of datasets, of its readers: `explained` tells them apart
+        raise explained(error, name, "dataset", asked) from error
+    read = [address for part in loaded.values() for address in part.info.download_checksums or ()]
+    if any(f"@{commit}/" not in address for address in read):
+        # Without connection datasets 5.2 takes what it prepared last, whatever revision was asked for.
         raise InputError(
-            f"{absent}it does not exist, or is private or gated. Check the spelling and `hf auth login`."
-        ) from error
-    except (HTTPError, OSError):
-        commit = revision  # no connection: an earlier download may be in the cache
-    try:
-        loaded = datasets.load_dataset(repo_id, revision=commit)
-    except (HTTPError, OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{absent}{error}. Check your connection, or download it and give its folder.") from error
+            f"Without connection only the revision of {name} can be read that was read last, and that is not {commit}. "
+            f"Connect, or give the folder that `hf download {name} --repo-type dataset --revision {commit}` names."
+        )
     source = _from_tables({split: part.data.table for split, part in loaded.items()})
-    return dataclasses.replace(source, revision=commit or "main, from the cache")
+    return dataclasses.replace(source, revision=commit)
 
 
 def _from_tables(tables: dict[str, Any]) -> Source:

@@ -222,7 +222,7 @@ def test_an_unknown_stage(out, tmp_path):
 
 
 def test_a_folder_that_is_no_pipeline(out, data):
-    words = [f"{data} holds no pipeline", "`pathalign pretrain`"]
+    words = [f"{data} is a dataset; give a pipeline made by `pathalign pretrain`"]
     refuse(out, WORKED, words, "generate", "--model", str(data))
 
 

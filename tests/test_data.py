@@ -157,7 +157,8 @@ def test_a_hub_dataset_is_read_at_its_commit(tmp_path: Path, monkeypatch: pytest
     label = datasets.ClassLabel(names=["fox", "dog", "cat"])
     parts = datasets.DatasetDict({"train": table(24, label), "test": table(6, label, 100)})
     asked: list[Any] = []
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda self, repo, revision: argument(sha="c0ffee"))
+    resolved = argument(resolved="c0ffee")
+    monkeypatch.setattr("huggingface_hub.HfApi.resolve_revision", lambda self, repo, repo_type, revision: resolved)
     monkeypatch.setattr(datasets, "load_dataset", lambda repo, revision: asked.append((repo, revision)) or parts)
     found = prepared("lab/cells", tmp_path / "out", revision="v1")
     assert asked == [("lab/cells", "c0ffee")]
@@ -172,7 +173,7 @@ def argument(**values: Any) -> Any:
 def test_hub_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"nobody/nothing.*no folder here.*connection"):
+    with pytest.raises(InputError, match=r"nobody/nothing.*Check your connection, or give a folder"):
         prepared("nobody/nothing", tmp_path / "out")
 
 

@@ -61,7 +61,7 @@ def inputs(tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def panel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage.SimulatedGrader, "load", lambda folder: BrightnessJudge())
-    monkeypatch.setattr(stage, "load_encoder", lambda name: PooledPixels())
+    monkeypatch.setattr(stage, "load_encoder", lambda name, **_: PooledPixels())
 
 
 def config(inputs: dict[str, str], **changes: object) -> EvaluateConfig:
@@ -299,7 +299,7 @@ def test_an_interrupted_evaluation_makes_no_feature_twice(inputs, panel, tmp_pat
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage, "load_encoder", lambda name: Counting())
+    monkeypatch.setattr(stage, "load_encoder", lambda name, **_: Counting())
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(stage.report, "write", interrupt)
         stage.evaluate(config(inputs), tmp_path / "out")

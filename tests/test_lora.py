@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pathalign.diffusion import lora
-from pathalign.diffusion.pipeline import ClassConditionalPipeline
+from pathalign.diffusion.pipeline import BASE_KEY, ClassConditionalPipeline, base_hash
 from pathalign.schema import InputError
 from pathalign.settings.pretrain import PretrainConfig
 from pathalign.settings.reward_weighted import RewardWeightedConfig
@@ -142,3 +144,54 @@ def test_an_adapter_of_the_default_model_takes_less_than_5_mb(tmp_path: Path):
     lora.attach(unet, settings.lora_rank, settings.lora_alpha, settings.lora_convolutions, generator())
     lora.save(unet, tmp_path)
     assert (tmp_path / lora.WEIGHTS_NAME).stat().st_size < 5e6
+
+
+def test_the_hash_of_a_base_follows_its_weights_and_neither_precision_nor_adapters(tiny_pipeline, base: Path):
+    plain = base_hash(tiny_pipeline.unet)
+    assert base_hash(load_base(base).unet) == base_hash(load_base(base).unet.half()) == plain
+    trained(tiny_pipeline)
+    assert base_hash(tiny_pipeline.unet) == plain
+    other = load_base(base).unet
+    other.conv_out.bias.data[0] += 1e-2
+    assert base_hash(other) != plain
+
+
+def test_an_adapter_on_another_base_is_refused_by_us_and_warned_of_by_the_stock_call(
+    tiny_pipeline, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    lora.save(trained(tiny_pipeline).unet, tmp_path / "adapter")
+    same, other = load_base(base), load_base(base)
+    other.unet.conv_out.bias.data[0] += 1e-2
+    same.load_lora_weights(tmp_path / "adapter")
+    assert "another base model" not in caplog.text
+    with pytest.raises(InputError, match=r"adapter does not fit .*another base model.*`--any-base`"):
+        lora.load(other, str(tmp_path / "adapter"))
+    assert not hasattr(other.unet, "peft_config")
+    other.load_lora_weights(tmp_path / "adapter", adapter_name="stock")
+    assert "The adapter was trained on another base model" in caplog.text
+    lora.load(other, str(tmp_path / "adapter"), any_base=True)
+    assert other.get_active_adapters() == [lora.ADAPTER_NAME]
+
+
+def test_an_adapter_that_names_no_base_loads_on_any(tiny_pipeline, base: Path, tmp_path: Path):
+    lora.save(trained(tiny_pipeline).unet, tmp_path / "adapter")
+    path = tmp_path / "adapter" / lora.WEIGHTS_NAME
+    with safe_open(path, "pt") as opened:
+        metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
+    assert metadata.pop(BASE_KEY) == base_hash(tiny_pipeline.unet)
+    save_file(load_file(path), path, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
+    other = load_base(base)
+    other.unet.conv_out.bias.data[0] += 1e-2
+    lora.load(other, str(tmp_path / "adapter"))
+
+
+def test_pickled_adapters_are_refused_by_name_and_in_folders(tiny_pipeline, base: Path, tmp_path: Path):
+    lora.save(trained(tiny_pipeline).unet, tmp_path / "adapter")
+    path = tmp_path / "adapter" / lora.WEIGHTS_NAME
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    pipeline = load_base(base)
+    with pytest.raises(ValueError, match=r"read from \.safetensors only, not from pickles"):
+        pipeline.load_lora_weights(tmp_path / "adapter", weight_name="pytorch_lora_weights.bin")
+    path.unlink()
+    with pytest.raises(OSError, match=r"pytorch_lora_weights\.safetensors"):
+        pipeline.load_lora_weights(tmp_path / "adapter")

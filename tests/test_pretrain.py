@@ -301,7 +301,7 @@ def test_continued_pretraining_refuses_other_classes_and_a_model_that_is_not_the
     tiny_pipeline.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match=r"draws \['a', 'c', 'b'\] at 16 px, but the data has \['a', 'b', 'c'\]"):
         pretrain(replace(config, initial_model=str(tmp_path / "other")), tmp_path / "base")
-    with pytest.raises(InputError, match="holds no pipeline"):
+    with pytest.raises(InputError, match=r"`initial_model`: .* is a dataset; give a pipeline"):
         pretrain(replace(config, initial_model=config.data), tmp_path / "base")
     assert not partial_dir(tmp_path / "base").exists()
 

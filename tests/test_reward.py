@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -170,7 +171,7 @@ def test_a_missing_or_truncated_model_is_one_clear_error(tmp_path: Path):
         RewardModel.from_pretrained(tmp_path)
     RewardModel(RewardModelConfig()).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(InputError, match="Cannot load a reward model"):
+    with pytest.raises(InputError, match="No reward model can be loaded"):
         RewardModel.from_pretrained(tmp_path)
 
 
@@ -383,6 +384,69 @@ torch.testing.assert_close(rewards, load_file("expected.safetensors")["rewards"]
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.fixture
+def scoring(tmp_path: Path) -> tuple[RewardModel, list[Image.Image], torch.Tensor]:
+    """A model, three images of different sizes, and their rewards by the saved image processor."""
+    model = RewardModel(RewardModelConfig(class_names=["a", "b"], image_size_px=16)).eval()
+    model.save_with_processor(tmp_path / "model")
+    generator = np.random.default_rng(0)
+    shapes = ((16, 16), (20, 30), (9, 9))
+    images = [Image.fromarray(generator.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
+    pixel_values = AutoImageProcessor.from_pretrained(tmp_path / "model")(images)["pixel_values"]
+    return model, images, model.rewards(pixel_values, torch.tensor([0, 1, 1])).detach()
+
+
+def test_scores_of_images_files_and_arrays_are_the_rewards_in_any_batches(scoring, tmp_path: Path):
+    model, images, rewards = scoring
+    images[1].save(tmp_path / "image.png")
+    for given in (images, [images[0], tmp_path / "image.png", np.asarray(images[2])], (images[0], *images[1:])):
+        for batch_size in (1, 2, 64):
+            judged = model.score(given, ["a", "b", "b"], batch_size=batch_size)
+            assert [row["label"] for row in judged] == ["a", "b", "b"]
+            assert [row["score"] for row in judged] == pytest.approx(rewards.tolist(), abs=1e-6)
+    alone = model.score(str(tmp_path / "image.png"), "b")
+    assert alone == [{"label": "b", "score": pytest.approx(float(rewards[1]), abs=1e-6)}]
+    assert len(model.score(np.zeros((4, 8, 8, 3), dtype=np.uint8), "a")) == 4
+    assert len(model.score(np.zeros((8, 8), dtype=np.uint8), "a")) == 1
+    assert model.score([], []) == []
+
+
+def test_what_cannot_be_scored_is_refused_with_what_to_give(scoring, tmp_path: Path):
+    model, images, _ = scoring
+    for given, labels, words in (
+        (images, ["a", "b"], "2 class labels for 3 images; give one for each"),
+        (images, ["a", "b", "c"], r"does not know the classes \['c'\]; it was trained on \['a', 'b'\]"),
+        ("https://example.org/x.png", "a", "is an address; fetch it first"),
+        (np.zeros((8, 8, 3)), "a", r"float64 array \(8, 8, 3\); give a PIL image, a file, or a uint8 array"),
+        (np.zeros((3, 8, 8), dtype=np.uint8), "a", r"uint8 array \(3, 8, 8\); .* \(height, width, 3\)"),
+        ([7], "a", "given as int"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            model.score(given, labels)
+    with pytest.raises(FileNotFoundError):
+        model.score(tmp_path / "none.png", "a")
+
+
+def test_a_model_with_pickled_weights_is_refused(tmp_path: Path):
+    RewardModel(RewardModelConfig()).save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    RewardModel.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"weights as a pickle only \(pytorch_model.bin\)"):
+        RewardModel.from_pretrained(tmp_path)
+
+
+def test_a_backbone_with_code_of_another_repo_is_refused_even_if_trusted(tiny_vit: Path, tmp_path: Path):
+    shutil.copytree(tiny_vit, tmp_path / "vit")
+    path = tmp_path / "vit" / "config.json"
+    own = {"model_type": "of_another", "auto_map": {"AutoConfig": "lab/other--own.OwnConfig"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with pytest.raises(InputError, match=r"takes its code from another repo \(lab/other--own.OwnConfig\)"):
+        load_encoder(str(tmp_path / "vit"), trust_remote_code=True)
+    with pytest.raises(InputError, match="needs code from its own repo"):
+        load_encoder(str(tmp_path / "vit"))
 
 
 def test_checkpoints_of_other_settings_are_not_used(tmp_path: Path):

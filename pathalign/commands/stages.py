@@ -15,6 +15,7 @@ from pathalign.options import given_settings, setting_options
 from pathalign.schema import DISCLAIMER, RunRecord
 from pathalign.stages import STAGES, Stage, load
 
+REVISIONS = "A Hub id may end in @REVISION: a branch, a tag or a commit."
 CONFIG_OPTION = click.Option(
     ["--config", "config_file"], type=click.Path(path_type=Path), help="YAML file with settings."
 )
@@ -81,7 +82,7 @@ def command_of(
         name,
         params=[*extra, *shared, *setting_options(config_class)],
         callback=callback,
-        help=f"{config_class.__doc__}\n\nOptions override the values in --config. {DISCLAIMER}",
+        help=f"{config_class.__doc__}\n\nOptions override the values in --config. {REVISIONS} {DISCLAIMER}",
         short_help=(config_class.__doc__ or "").split("\n")[0],
     )
 

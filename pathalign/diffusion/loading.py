@@ -12,8 +12,11 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from pathalign.config import PIPELINE
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
 from pathalign.diffusion.prompted import PromptPipeline
+from pathalign.pinning import unusable
+from pathalign.remote import parse
 from pathalign.schema import InputError
 from pathalign.settings.prompt import PROMPT
 
@@ -31,7 +34,7 @@ def load_base(
     """A base model; `model_index.json` says which kind it is.
 
     Args:
-        path_or_repo_id: Folder or Hub id.
+        path_or_repo_id: Folder, Hub id, or `OWNER/NAME@REVISION`.
         revision: Of the Hub repo.
         class_names: Classes to ask Stable Diffusion for; a class-conditional model has its own.
         template: Stable Diffusion's prompt, with `{class_name}` in it.
@@ -44,10 +47,13 @@ def load_base(
     transformers.utils.logging.disable_progress_bar()
     kind = pipeline_kind(path_or_repo_id, revision)
     options = {"safety_checker": None, "requires_safety_checker": False} if kind is PromptPipeline else {}
+    reference = parse(path_or_repo_id, revision)
     try:
-        pipeline = kind.from_pretrained(path_or_repo_id, revision=revision, **options)
+        pipeline = kind.from_pretrained(
+            reference.name, revision=reference.revision, use_safetensors=True, trust_remote_code=False, **options
+        )
     except (OSError, ValueError) as error:
-        raise _not_loaded(path_or_repo_id, error) from error
+        raise unusable(error, reference, PIPELINE) from error
     if kind is PromptPipeline:
         if not class_names:
             raise InputError(f"{path_or_repo_id} knows words, not classes; name the classes to draw with `classes`.")
@@ -84,17 +90,11 @@ def model_index(path_or_repo_id: str, revision: str | None = None) -> dict[str, 
     Raises:
         InputError: If there is none.
     """
-    folder = Path(path_or_repo_id)
+    reference = parse(path_or_repo_id, revision)
+    folder = Path(reference.name)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise InputError(f"{folder} holds no pipeline (no model_index.json); make one with `pathalign pretrain`.")
     try:
-        return dict(ClassConditionalPipeline.load_config(path_or_repo_id, revision=revision))
+        return dict(ClassConditionalPipeline.load_config(reference.name, revision=reference.revision))
     except (OSError, ValueError) as error:
-        raise _not_loaded(path_or_repo_id, error) from error
-
-
-def _not_loaded(path_or_repo_id: str, error: Exception) -> InputError:
-    return InputError(
-        f"No pipeline can be loaded from {path_or_repo_id!r}: {str(error).splitlines()[0]} "
-        "Check the path or Hub id, and your connection."
-    )
+        raise unusable(error, reference, PIPELINE) from error

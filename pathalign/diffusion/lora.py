@@ -11,14 +11,18 @@ import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 
 from pathalign.artefacts import write_atomically
+from pathalign.config import ADAPTER
 from pathalign.diffusion.loading import BaseModel
-from pathalign.diffusion.pipeline import ClassConditionalPipeline
+from pathalign.diffusion.pipeline import BASE_KEY, LORA_WEIGHTS_NAME, ClassConditionalPipeline, base_hash, other_base
+from pathalign.pinning import unusable
+from pathalign.remote import parse
 from pathalign.schema import InputError
 
 ADAPTER_NAME = "default"
-WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+WEIGHTS_NAME = LORA_WEIGHTS_NAME
 ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
 CONVOLUTION_LAYERS = ("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj")
 
@@ -78,7 +82,10 @@ def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
 
 
 def save(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Write the adapter in diffusers' format, for `load_lora_weights`; equal adapters give equal bytes."""
+    """Write the adapter in diffusers' format, for `load_lora_weights`; equal adapters give equal bytes.
+
+    Its metadata holds the hash of the base weights, so that it knows its base model under any name.
+    """
     weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
     metadata = unet.peft_config[ADAPTER_NAME].to_dict()
     ClassConditionalPipeline.save_lora_weights(
@@ -86,26 +93,56 @@ def save(unet: UNet2DConditionModel, folder: Path) -> None:
         unet_lora_layers={name: tensor.detach().contiguous() for name, tensor in weights.items()},
         unet_lora_adapter_metadata={**metadata, "target_modules": sorted(metadata["target_modules"])},
     )
-    _sort_header(folder / WEIGHTS_NAME)
+    _finish_header(folder / WEIGHTS_NAME, base_hash(unet))
 
 
-def _sort_header(path: Path) -> None:
-    """Sort the header of a safetensors file: its writer puts metadata in random order (safetensors 0.8)."""
+def _finish_header(path: Path, base: str) -> None:
+    """Name the base model in the header of a safetensors file, and sort it.
+
+    diffusers takes metadata of its own networks only, and safetensors 0.8 writes it in random order.
+    """
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8:start]), sort_keys=True).encode()
+    entries = json.loads(content[8:start])
+    metadata = json.loads(entries["__metadata__"]["lora_adapter_metadata"])
+    entries["__metadata__"]["lora_adapter_metadata"] = json.dumps({**metadata, BASE_KEY: base}, sort_keys=True)
+    header = json.dumps(entries, sort_keys=True).encode()
     header += b" " * (-len(header) % 8)  # the tensors stay aligned
     write_atomically(path, len(header).to_bytes(8, "little") + header + content[start:])
 
 
-def load(pipeline: BaseModel, path_or_repo_id: str, scale: float = 1.0, revision: str | None = None) -> None:
-    """Load an adapter from a folder or Hub repo onto a pipeline and make it active.
+def load(
+    pipeline: BaseModel,
+    path_or_repo_id: str,
+    scale: float = 1.0,
+    revision: str | None = None,
+    any_base: bool = False,
+) -> None:
+    """Load an adapter onto a pipeline and make it active.
+
+    Args:
+        pipeline: Changed in place.
+        path_or_repo_id: Folder, Hub id, or `OWNER/NAME@REVISION`.
+        scale: Strength of the adapter: 0 is the base model.
+        revision: Of the Hub repo.
+        any_base: Load it even if it was trained on another base model.
 
     Raises:
-        InputError: If the folder holds no adapter.
+        InputError: If there is no adapter, or it was trained on another base model.
     """
-    folder = Path(path_or_repo_id)
+    reference = parse(path_or_repo_id, revision)
+    folder = Path(reference.name)
     if folder.is_dir() and not (folder / WEIGHTS_NAME).is_file():
         raise InputError(f"{folder} holds no {WEIGHTS_NAME}; give a folder or repo made by `pathalign align`.")
-    pipeline.load_lora_weights(path_or_repo_id, weight_name=WEIGHTS_NAME, adapter_name=ADAPTER_NAME, revision=revision)
+    where = {"weight_name": WEIGHTS_NAME, "revision": reference.revision, "use_safetensors": True}
+    try:
+        *_, metadata = pipeline.lora_state_dict(reference.name, return_lora_metadata=True, **where)
+        if not any_base and (problem := other_base(pipeline.unet, metadata)):
+            raise InputError(
+                f"{reference} does not fit {pipeline.name_or_path}. {problem} Load the base model that its run.json "
+                "and card name, or say `any_base` (`--any-base`) to use it all the same."
+            )
+        pipeline.load_lora_weights(reference.name, adapter_name=ADAPTER_NAME, **where)
+    except (OSError, SafetensorError) as error:
+        raise unusable(error, reference, ADAPTER) from error
     pipeline.set_adapters([ADAPTER_NAME], [scale])

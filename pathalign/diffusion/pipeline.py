@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,13 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import logging
+from huggingface_hub import constants
 from PIL import Image
+
+LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+BASE_KEY = "base.unet_sha256"  # in the metadata of an adapter; diffusers reads the keys that begin with `unet.`
+logger = logging.get_logger(__name__)
 
 
 def randn_per_image(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
@@ -117,6 +125,49 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         images = convert(sample.float().clamp(-1, 1), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Load a pipeline from a folder or Hub id; arguments as of `DiffusionPipeline.from_pretrained`.
+
+        Weights are read from safetensors only, never from a pickle.
+
+        Raises:
+            InputError: If it cannot be loaded; diffusers' own error where pathalign is not installed.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (OSError, ValueError) as error:
+            try:
+                pinning = import_module("pathalign.pinning")
+            except ImportError:  # this file came with the weights
+                raise error from None
+            reference = pinning.Reference(str(pretrained_model_name_or_path), kwargs.get("revision"))
+            raise pinning.unusable(error, reference, "a pipeline") from error
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> Any:
+        """As in diffusers, from safetensors only, and also where there is no connection to ask for the file's name.
+
+        Raises:
+            ValueError: If `weight_name` is a pickle.
+        """
+        source, name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
+        if name is not None and not name.endswith(".safetensors"):
+            raise ValueError(f"`weight_name` is {name!r}; adapters are read from .safetensors only, not from pickles.")
+        offline = constants.HF_HUB_OFFLINE or kwargs.get("local_files_only")
+        if name is None and offline and not isinstance(source, dict) and not Path(source).exists():
+            kwargs["weight_name"] = LORA_WEIGHTS_NAME
+        kwargs["use_safetensors"] = True
+        return super().lora_state_dict(source, **kwargs)
+
+    @classmethod
+    def load_lora_into_unet(cls, state_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, with a warning if the adapter was trained on another base model."""
+        if problem := other_base(kwargs["unet"], kwargs.get("metadata")):
+            logger.warning(problem)
+        super().load_lora_into_unet(state_dict, *args, **kwargs)
+
     def fuse_lora(self, components: Sequence[str] = ("unet",), **kwargs: Any) -> None:
         """Merge the active adapters into the UNet's weights; `unfuse_lora` takes them out again."""
         super().fuse_lora(components=list(components), **kwargs)
@@ -135,6 +186,27 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         target = Path(save_directory) / "pipeline.py"
         target.write_text(Path(inspect.getfile(ClassConditionalPipeline)).read_text())
+
+
+def base_hash(unet: UNet2DConditionModel) -> str:
+    """SHA-256 of a UNet's own weights, whatever adapters it has, on any device, in single or half precision."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unet.state_dict().items()):
+        if "lora_" not in name:
+            values = tensor.detach().cpu().to(torch.float16).contiguous()
+            digest.update(name.replace(".base_layer", "").encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def other_base(unet: UNet2DConditionModel, metadata: Mapping[str, Any] | None) -> str:
+    """What is wrong if an adapter's metadata names another base model than this UNet; else empty."""
+    wanted = (metadata or {}).get(BASE_KEY)
+    if wanted is None or wanted == (own := base_hash(unet)):
+        return ""
+    return (
+        f"The adapter was trained on another base model: on a UNet of SHA-256 {wanted[:12]}..., this one has "
+        f"{own[:12]}.... What it draws here was never trained, graded or measured."
+    )
 
 
 def label_ids(class_labels: str | int | Sequence[str | int], names: Sequence[str]) -> torch.Tensor:

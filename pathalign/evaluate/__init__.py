@@ -13,16 +13,18 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from pathalign.artefacts import artefact, fingerprint, write_atomically
+from pathalign.artefacts import artefact, write_atomically
 from pathalign.evaluate import alignment, fidelity, report, utility
 from pathalign.evaluate.report import Exhibits, summary_table
 from pathalign.evaluate.subjects import GENERATED, Subjects, load_subjects
 from pathalign.grading.simulated import SimulatedGrader
 from pathalign.images import ImageSet
+from pathalign.pinning import identity, model_file, pinned
 from pathalign.progress import say
-from pathalign.reward import RewardModel
+from pathalign.remote import parse
+from pathalign.reward import RewardModel, load_reward_model
 from pathalign.reward.encoders import load_encoder
-from pathalign.schema import RunRecord
+from pathalign.schema import InputError, RunRecord
 from pathalign.settings.evaluate import EvaluateConfig
 
 __all__ = ["EvaluateConfig", "evaluate", "summary_table"]
@@ -65,6 +67,7 @@ def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
             were not made with the same seeds and classes.
     """
     started = time.monotonic()
+    config = pinned(config)
     subjects, panel, training = load_subjects(config), load_panel(config), training_checks(config.adapter)
     with artefact(output_dir) as folder:
         answers = {name: consult(panel, images) for name, images in subjects.judged().items()}
@@ -73,7 +76,7 @@ def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
         record = RunRecord(
             stage="evaluate",
             config=asdict(config),
-            inputs={name: _identity(value) for name, value in _inputs(config).items()},
+            inputs={name: identity(value) for name, value in _inputs(config).items()},
             seeds={"subsets_and_bootstrap": config.seed},
             metrics=metrics,
         )
@@ -96,13 +99,13 @@ def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
 
 def load_panel(config: EvaluateConfig) -> Panel:
     """Load the judge and, where they are given, the grader and the reward model, onto the machine's device."""
-    device = PartialState().device
-    model = RewardModel.from_pretrained(config.reward_model).to(device).eval() if config.reward_model else None
+    device, encoder = PartialState().device, parse(config.encoder)
+    model = load_reward_model(config.reward_model).to(device).eval() if config.reward_model else None
     return Panel(
         judge=SimulatedGrader.load(config.judge).to(device),
         grader=SimulatedGrader.load(config.grader).to(device) if config.grader else None,
         reward_model=model,
-        encoder=load_encoder(config.encoder),
+        encoder=load_encoder(encoder.name, revision=encoder.revision, trust_remote_code=config.trust_remote_code),
         device=device,
     )
 
@@ -272,8 +275,8 @@ def compare(
 
 def reward_evaluation(reward_model: str | None) -> dict[str, Any]:
     """What the reward stage measured on held-out grades, overall figures at the top; empty where there is no file."""
-    path = Path(reward_model or "") / "evaluation.json"
-    if not reward_model or not path.is_file():
+    path = model_file(reward_model, "evaluation.json") if reward_model else None
+    if path is None:
         return {}
     measured = json.loads(path.read_text())
     return {**measured.pop("overall"), **measured}
@@ -283,9 +286,12 @@ def training_checks(adapter: str | None) -> dict[str, Any] | None:
     """The checks of an adapter's training and what came of them, from its run record; None if it made none.
 
     Raises:
-        InputError: If the folder holds no run record.
+        InputError: If there is no run record.
     """
-    measured = RunRecord.load(adapter).metrics if adapter else {}
+    path = model_file(adapter, RunRecord.FILE_NAME) if adapter else None
+    if adapter and path is None:
+        raise InputError(f"{adapter} has no {RunRecord.FILE_NAME}, which says how it was trained; leave `adapter` out.")
+    measured = RunRecord.load(path.parent).metrics if path else {}
     names = ("checks", "n_check_images", "reward_hacking", "stopped_at", "kept_epoch")
     return {name: measured[name] for name in names} if "checks" in measured else None
 
@@ -293,8 +299,3 @@ def training_checks(adapter: str | None) -> dict[str, Any] | None:
 def _inputs(config: EvaluateConfig) -> dict[str, str]:
     names = ("data", *GENERATED, "judge", "grader", "reward_model", "feedback", "adapter")
     return {name: value for name in names if (value := getattr(config, name))}
-
-
-def _identity(path_or_repo_id: str) -> str:
-    path = Path(path_or_repo_id)
-    return fingerprint(path) if path.is_dir() else path_or_repo_id

@@ -16,6 +16,7 @@ from pathalign.augment import ORIENTATIONS, orient, random_exposure, random_orie
 from pathalign.grading.corruptions import corrupt
 from pathalign.grading.simulated import BATCH_SIZE, SMALLEST_SIZE_PX, SimulatedGrader, acceptance
 from pathalign.images import ImageSet
+from pathalign.pinning import pinned
 from pathalign.progress import Progress, say
 from pathalign.schema import InputError, Rubric, RunRecord
 from pathalign.settings.graders import GraderConfig
@@ -27,6 +28,7 @@ def fit(config: GraderConfig, output_dir: str | Path) -> RunRecord:
     Raises:
         InputError: If a split or an attribute column of the checklist is missing, or a criterion names no attribute.
     """
+    config = pinned(config)
     train = ImageSet.load(config.data, config.role)
     held_out = ImageSet.load(config.data, f"{config.role}_validation")
     rubric = Rubric.load(config.rubric)

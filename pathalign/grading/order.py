@@ -135,9 +135,9 @@ def rank_by_uncertainty(images: ImageSet, reward_model: str, cache: Path | None 
     if not len(images):
         return []
     from pathalign.generate import score
-    from pathalign.reward import RewardModel
+    from pathalign.reward import load_reward_model
 
-    model = RewardModel.from_pretrained(reward_model)
+    model = load_reward_model(reward_model)
     version = _version(model)
     rewards = _cached_rewards(cache, version)
     keys = [f"{label}/{image_id}" for label, image_id in zip(images.labels(), images.image_ids, strict=True)]

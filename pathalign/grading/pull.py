@@ -27,6 +27,7 @@ from pathalign.grading.outbox import Retry
 from pathalign.grading.shards import Shards, SourceMissing, open_shards
 from pathalign.grading.sinks import SinkBusy
 from pathalign.images import ImageSet
+from pathalign.pinning import pinned
 from pathalign.progress import say
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.pull import PullConfig
@@ -86,7 +87,7 @@ def pull(config: PullConfig, output_dir: str | Path) -> RunRecord:
         InputError: If the source cannot be read, a file or row cannot be used, ids stand for different rows, or there
             are not enough grades in time.
     """
-    started = time.monotonic()
+    started, config = time.monotonic(), pinned(config)
     output_dir = Path(output_dir)
     shards = open_shards(config.source, config.revision)
     labels: dict[str, str] = {}

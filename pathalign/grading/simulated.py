@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, RegNetConfig, RegNetModel, ResNetConfig, ResNetModel
 
 from pathalign.artefacts import artefact, fingerprint
+from pathalign.config import GRADER
 from pathalign.images import ImageSet
+from pathalign.pinning import commit_of, identity, pinned
+from pathalign.remote import is_repo_id, parse
 from pathalign.schema import Criterion, Grade, InputError, RunRecord
 from pathalign.settings.grade import GradeConfig
 
@@ -103,20 +106,29 @@ class SimulatedGrader(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("structure_limit", torch.zeros(()))
 
     @classmethod
-    def load(cls, folder: str | Path) -> SimulatedGrader:
-        """Read a grader made by `fit`, in evaluation mode.
+    def load(cls, path_or_repo_id: str | Path) -> SimulatedGrader:
+        """Read a grader made by `fit`, in evaluation mode, from a folder, Hub id or `OWNER/NAME@REVISION`.
 
         Raises:
-            InputError: If the folder holds none, or one whose files do not fit each other.
+            InputError: If there is none, or one whose files do not fit each other.
         """
-        if not (Path(folder) / "model.safetensors").is_file():
+        reference = parse(path_or_repo_id)
+        folder = Path(reference.name)
+        if is_repo_id(reference.name):
+            revision = commit_of(reference, GRADER)
+            weights, _ = (
+                Path(hf_hub_download(reference.name, name, revision=revision))
+                for name in ("model.safetensors", "config.json")
+            )
+            folder = weights.parent
+        if not (folder / "model.safetensors").is_file():
             raise InputError(f"{folder} holds no simulated grader; make one with `pathalign grade fit`.")
         try:
             grader = cls.from_pretrained(str(folder))
-            grader.load_state_dict(load_file(Path(folder) / "model.safetensors"))  # strictly: the mixin only warns
+            grader.load_state_dict(load_file(folder / "model.safetensors"))  # strictly: the mixin only warns
         except (RuntimeError, TypeError, SafetensorError) as error:
             raise InputError(
-                f"{folder} holds a damaged simulated grader, whose config.json and weights do not fit each other; "
+                f"{reference} holds a damaged simulated grader, whose config.json and weights do not fit each other; "
                 "make it again with `pathalign grade fit`."
             ) from error
         return grader.eval()
@@ -233,6 +245,7 @@ def grade(config: GradeConfig, output_dir: str | Path) -> RunRecord:
     Raises:
         InputError: If the candidates or the grader are missing, or a class is unknown to the grader.
     """
+    config = pinned(config)
     candidates = ImageSet.load(config.candidates)
     grader = SimulatedGrader.load(config.grader)
     judgement = grader.judge_set(candidates)
@@ -251,7 +264,7 @@ def grade(config: GradeConfig, output_dir: str | Path) -> RunRecord:
         record = RunRecord(
             stage="grade",
             config=asdict(config),
-            inputs={"candidates": fingerprint(list(candidates.image_ids)), "grader": fingerprint(Path(config.grader))},
+            inputs={"candidates": fingerprint(list(candidates.image_ids)), "grader": identity(config.grader)},
             seeds={"seed": config.seed},
             metrics={
                 "grades": len(grades),

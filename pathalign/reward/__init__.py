@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from pathalign.reward.configuration_reward import RewardModelConfig
 from pathalign.reward.encoders import load_encoder
 from pathalign.reward.image_processing_reward import RewardImageProcessor
+from pathalign.reward.loading import load_reward_model
 from pathalign.reward.modeling_reward import RewardModel, RewardModelOutput
 
 AutoConfig.register(RewardModelConfig.model_type, RewardModelConfig)
@@ -20,4 +21,11 @@ RewardModelConfig.register_for_auto_class()
 RewardModel.register_for_auto_class("AutoModel")
 RewardImageProcessor.register_for_auto_class()
 
-__all__ = ["RewardImageProcessor", "RewardModel", "RewardModelConfig", "RewardModelOutput", "load_encoder"]
+__all__ = [
+    "RewardImageProcessor",
+    "RewardModel",
+    "RewardModelConfig",
+    "RewardModelOutput",
+    "load_encoder",
+    "load_reward_model",
+]

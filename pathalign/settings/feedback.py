@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pathalign.config import StageConfig, option
+from pathalign.config import DATASET, StageConfig, option
 
 
 @dataclass
@@ -13,7 +13,9 @@ class FeedbackConfig(StageConfig):
     """Turn raw grades into a feedback dataset."""
 
     candidates: list[str] = option(
-        ["runs/candidates"], "Candidate set that was graded: a folder or Hub id. Of several rounds give all."
+        ["runs/candidates"],
+        "Candidate set that was graded: a folder or Hub id. Of several rounds give all.",
+        holds=DATASET,
     )
     grades: list[str] = option(
         ["runs/grades"], "Grades: a .jsonl file, or a folder with .jsonl files. Of several rounds give all."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pathalign.config import StageConfig, option
+from pathalign.config import ADAPTER, PIPELINE, REWARD_MODEL, StageConfig, option
 from pathalign.settings.prompt import PROMPT, PROMPT_HELP, prompt_problems
 
 
@@ -13,10 +13,16 @@ from pathalign.settings.prompt import PROMPT, PROMPT_HELP, prompt_problems
 class GenerateConfig(StageConfig):
     """Sample a candidate set from a pipeline."""
 
-    model: str = option("runs/base", "Pipeline, class-conditional or Stable Diffusion: a folder or Hub id.")
+    model: str = option(
+        "runs/base",
+        "Pipeline, class-conditional or Stable Diffusion: a folder or Hub id.",
+        holds=PIPELINE,
+        revision="revision",
+    )
     revision: str | None = option(None, "Hub revision of `model`.")
-    adapter: str | None = option(None, "LoRA adapter: a folder or Hub id.")
+    adapter: str | None = option(None, "LoRA adapter: a folder or Hub id.", holds=ADAPTER)
     adapter_scale: float = option(1.0, "Strength of the adapter: 0 is the base model.")
+    any_base: bool = option(False, "Use the adapter even on another base model than it was trained on.")
     classes: list[str] = option([], "Class names to sample; all if empty. Stable Diffusion has none of its own.")
     prompt: str = option(PROMPT, PROMPT_HELP)
     images_per_class: int = option(100, "Images of each class.", minimum=1)
@@ -38,7 +44,9 @@ class GenerateConfig(StageConfig):
     best_of: int = option(
         1, "Draw this many images for each one kept, the one of the highest reward.", minimum=1, maximum=256
     )
-    reward_model: str | None = option(None, "Reward model that `best_of` chooses by: a folder or Hub id.")
+    reward_model: str | None = option(
+        None, "Reward model that `best_of` chooses by: a folder or Hub id.", holds=REWARD_MODEL
+    )
     seed: int = option(0, "Seed of the first image; image i has seed `seed + i`.", minimum=0)
 
     def problems(self) -> list[str]:

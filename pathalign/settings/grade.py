@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pathalign.config import StageConfig, option
+from pathalign.config import DATASET, GRADER, StageConfig, option
 
 
 @dataclass
 class GradeConfig(StageConfig):
     """Grade a candidate set with simulated graders."""
 
-    candidates: str = option("runs/candidates", "Candidate set made by `pathalign generate`.")
-    grader: str = option("runs/grader", "Simulated grader made by `pathalign grade fit`.")
+    candidates: str = option("runs/candidates", "Candidate set made by `pathalign generate`.", holds=DATASET)
+    grader: str = option("runs/grader", "Simulated grader made by `pathalign grade fit`.", holds=GRADER)
     graders: int = option(1, "Graders that look at each image; they differ by their noise.", minimum=1, maximum=100)
     flip_rate: float = option(0.0, "Share of verdicts that a grader turns round at random.", minimum=0.0, maximum=0.5)
     bias: float = option(0.0, "Added to the log-odds of plausible: above 0 lenient, below 0 strict.")

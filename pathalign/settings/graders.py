@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pathalign.config import StageConfig, option
+from pathalign.config import DATASET, StageConfig, option
 
 
 @dataclass
 class GraderConfig(StageConfig):
     """Fit a simulated grader on real images and their attributes."""
 
-    data: str = option("runs/data", "Folder with the splits of the grader, made by `pathalign data --roles`.")
+    data: str = option(
+        "runs/data", "Folder with the splits of the grader, made by `pathalign data --roles`.", holds=DATASET
+    )
     role: Literal["grader", "judge"] = option(
         "grader", "Whose images it is fitted on: split `<role>` and `<role>_validation`."
     )

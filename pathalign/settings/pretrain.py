@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pathalign.config import StageConfig, option
+from pathalign.config import DATASET, PIPELINE, StageConfig, option
 
 
 @dataclass
@@ -13,10 +13,15 @@ class PretrainConfig(StageConfig):
     """Train a class-conditional diffusion model on real images."""
 
     data: str = option(
-        "runs/data", "Folder or Hub dataset with splits `train` and `validation`, made by `pathalign data`."
+        "runs/data",
+        "Folder or Hub dataset with splits `train` and `validation`, made by `pathalign data`.",
+        holds=DATASET,
+        revision="revision",
     )
     revision: str | None = option(None, "Hub revision of `data`.")
-    initial_model: str | None = option(None, "Pipeline whose weights training starts from (continued pretraining).")
+    initial_model: str | None = option(
+        None, "Pipeline whose weights training starts from (continued pretraining).", holds=PIPELINE
+    )
     block_out_channels: list[int] = option([32, 64, 96], "Channels of the UNet's levels, from the finest.")
     layers_per_block: int = option(1, "Residual layers in each level.", minimum=1)
     attention_levels: list[int] = option([2], "Levels with self-attention, counted from 0 at full resolution.")

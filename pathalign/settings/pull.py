@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pathalign.config import StageConfig, option
+from pathalign.config import DATASET, StageConfig, option
 
 STUDY = "study.yaml"  # what a run writes beside its candidates for their graders
 
@@ -23,7 +23,9 @@ class PullConfig(StageConfig):
         "it is not there yet). A run makes a folder beside its candidates if there is none.",
     )
     candidates: str | None = option(
-        None, "Images that were graded, to count and check against: a folder or Hub id. Grades of others are left out."
+        None,
+        "Images that were graded, to count and check against: a folder or Hub id. Grades of others are left out.",
+        holds=DATASET,
     )
     revision: str | None = option(None, "Branch, tag or commit of the dataset; without it the newest commit.")
     comments: bool = option(False, "Keep the graders' free text too.")

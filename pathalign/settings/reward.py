@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pathalign.config import StageConfig, option
+from pathalign.config import BACKBONE, DATASET, StageConfig, option
 from pathalign.settings.pretrain import tracker_problems
 
 
@@ -14,14 +14,24 @@ class RewardConfig(StageConfig):
     """Train the reward model on graded images and real pairs."""
 
     feedback: str = option(
-        "runs/feedback", "Feedback dataset with splits `train`, `validation`, `test`: a folder or Hub id."
+        "runs/feedback",
+        "Feedback dataset with splits `train`, `validation`, `test`: a folder or Hub id.",
+        holds=DATASET,
+        revision="feedback_revision",
     )
     feedback_revision: str | None = option(None, "Hub revision of `feedback`.")
-    data: str = option("runs/data", "Real images, split `train`, for matched and mismatched pairs: a folder or Hub id.")
+    data: str = option(
+        "runs/data",
+        "Real images, split `train`, for matched and mismatched pairs: a folder or Hub id.",
+        holds=DATASET,
+        revision="data_revision",
+    )
     data_revision: str | None = option(None, "Hub revision of `data`.")
     encoder: str = option(
         "convnet",
         "`convnet` or `densenet` (from scratch), `efficientnet-lite0`, or a transformers backbone: Hub id or folder.",
+        holds=BACKBONE,
+        revision="encoder_revision",
     )
     encoder_revision: str | None = option(None, "Hub revision of `encoder`.")
     grades: Literal["all", "even", "odd"] = option(

@@ -23,10 +23,12 @@ from pathalign.cards import Grading, write_card
 from pathalign.diffusion import lora
 from pathalign.diffusion.conditioning import conditioning_for
 from pathalign.diffusion.loading import BaseModel, image_size_px, load_base
+from pathalign.diffusion.pipeline import base_hash
 from pathalign.diffusion.prompted import PromptPipeline
 from pathalign.images import ImageSet
 from pathalign.progress import Progress
 from pathalign.randomness import seeded
+from pathalign.remote import parse
 from pathalign.schema import InputError, RunRecord, peak_rss_mb
 from pathalign.settings.adapter import AdapterConfig
 from pathalign.trainers.base import RunFolder, accelerator_for
@@ -105,12 +107,14 @@ class AdapterTrainer(ABC, Generic[Config]):
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.real_pixel_values = real.pixel_values()
         self.inputs = {name: identity(source) for name, source in self.sources().items()}
+        self.inputs["base_unet"] = base_hash(pipeline.unet)
         self.inputs["data"] = fingerprint(list(real.image_ids))
         self.run = RunFolder(folder, self.accelerator, {**asdict(config), **self.inputs}, config.trackers)
 
     def sources(self) -> dict[str, str]:
         """Models that the run rests on, by name: folders, Hub ids or functions."""
-        return {"base_model": self.config.base_model, "reward_model": self.config.reward_model}
+        base = parse(self.config.base_model, self.config.base_revision)
+        return {"base_model": str(base), "reward_model": self.config.reward_model}
 
     @property
     @abstractmethod

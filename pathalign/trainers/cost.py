@@ -24,6 +24,7 @@ from pathalign.diffusion.loading import model_index, pipeline_kind
 from pathalign.diffusion.prompted import PromptPipeline
 from pathalign.images import ImageSet
 from pathalign.randomness import seeded
+from pathalign.remote import parse
 from pathalign.settings.adapter import AdapterConfig
 from pathalign.trainers.gpus import GPUS
 from pathalign.trainers.work import Work, work_of
@@ -179,16 +180,16 @@ def text_parameters(config: AdapterConfig) -> int:
     """Parameters of Stable Diffusion's text encoder."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    settings = CLIPTextConfig.from_pretrained(
-        config.base_model, subfolder="text_encoder", revision=config.base_revision
-    )
+    base = parse(config.base_model, config.base_revision)
+    settings = CLIPTextConfig.from_pretrained(base.name, subfolder="text_encoder", revision=base.revision)
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in CLIPTextModel(settings).parameters())
 
 
 def new_network(kind: Any, config: AdapterConfig, subfolder: str, device: str | torch.device) -> Any:
     """A network of the base model with weights that mean nothing, or on the meta device with none."""
-    settings = kind.load_config(config.base_model, subfolder=subfolder, revision=config.base_revision)
+    base = parse(config.base_model, config.base_revision)
+    settings = kind.load_config(base.name, subfolder=subfolder, revision=base.revision)
     with torch.device(device):
         return kind.from_config(settings)
 

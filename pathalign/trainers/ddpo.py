@@ -26,6 +26,7 @@ from pathalign.diffusion.ddim import DDIMPolicy
 from pathalign.diffusion.denoiser import Denoiser
 from pathalign.diffusion.loading import BaseModel
 from pathalign.images import ImageSet, to_images, to_pixel_values
+from pathalign.pinning import pinned
 from pathalign.randomness import seeded
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.ddpo import DDPOConfig
@@ -46,6 +47,7 @@ def align(config: DDPOConfig, output_dir: str | Path) -> RunRecord:
     Raises:
         InputError: If an input cannot be used, a reward cannot be had or is no number, or the loss is none any more.
     """
+    config = pinned(config)
     pipeline, reward_model, real = load_inputs(config)
     with artefact(output_dir) as folder:
         record = DDPOTrainer(pipeline, reward_model, real, config, folder).train()

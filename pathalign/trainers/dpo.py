@@ -29,6 +29,7 @@ from pathalign.diffusion import lora
 from pathalign.diffusion.loading import BaseModel, image_size_px
 from pathalign.generate import sample, set_scheduler
 from pathalign.images import ImageSet, to_pixel_values
+from pathalign.pinning import pinned
 from pathalign.randomness import seeded
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.dpo import DPOConfig
@@ -74,6 +75,7 @@ def align(config: DPOConfig, output_dir: str | Path) -> RunRecord:
     Raises:
         InputError: If an input cannot be used, there are no pairs, or the loss is no number any more.
     """
+    config = pinned(config)
     pipeline, reward_model, real = load_inputs(config)
     pairs = load_pairs(config, pipeline)
     with artefact(output_dir) as folder:

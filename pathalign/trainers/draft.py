@@ -28,6 +28,7 @@ from pathalign.diffusion.loading import BaseModel
 from pathalign.diffusion.pipeline import randn_per_image
 from pathalign.generate import SCHEDULERS, set_scheduler
 from pathalign.images import ImageSet
+from pathalign.pinning import pinned
 from pathalign.randomness import seeded
 from pathalign.schema import RunRecord
 from pathalign.settings.draft import DraftConfig
@@ -90,6 +91,7 @@ def align(config: DraftConfig, output_dir: str | Path) -> RunRecord:
     Raises:
         InputError: If an input cannot be used, or a reward or the loss is no number any more.
     """
+    config = pinned(config)
     pipeline, reward_model, real = load_inputs(config)
     with artefact(output_dir) as folder:
         record = DraftTrainer(pipeline, reward_model, real, config, folder).train()

@@ -25,6 +25,7 @@ from pathalign.diffusion.conditioning import ClassConditioning
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
 from pathalign.generate import load_pipeline
 from pathalign.images import ImageSet, contact_sheet, to_images
+from pathalign.pinning import pinned
 from pathalign.progress import Progress, say
 from pathalign.randomness import seeded
 from pathalign.schema import InputError, RunRecord, peak_rss_mb
@@ -138,6 +139,7 @@ def pretrain(config: PretrainConfig, output_dir: str | Path) -> RunRecord:
     Raises:
         InputError: If the data cannot be used, or the loss is no number any more.
     """
+    config = pinned(config)
     train = ImageSet.load(config.data, "train", config.revision)
     validation = ImageSet.load(config.data, "validation", config.revision)
     pipeline = new_pipeline(config, train.image_size_px, train.class_names)

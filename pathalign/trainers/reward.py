@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from pathalign.artefacts import artefact, fingerprint, write_atomically
 from pathalign.cards import write_card
 from pathalign.images import ImageSet
+from pathalign.pinning import pinned
 from pathalign.progress import Progress, say
 from pathalign.reward import RewardModel, RewardModelConfig
 from pathalign.reward.calibration import evaluation, fit_temperature, negative_log_likelihood
@@ -58,6 +59,7 @@ def train_reward(config: RewardConfig, output_dir: Path) -> RunRecord:
         InputError: If an input cannot be used, or the loss stops being a number.
     """
     started = time.monotonic()
+    config = pinned(config)
     inputs = RewardInputs.load(config)
     model_config = model_configuration(config, inputs)
     with artefact(output_dir) as folder, _quiet_transformers():

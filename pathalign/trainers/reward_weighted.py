@@ -21,6 +21,7 @@ from pathalign.artefacts import artefact
 from pathalign.diffusion.loading import BaseModel
 from pathalign.generate import Sampling, draw, set_scheduler
 from pathalign.images import ImageSet, to_pixel_values
+from pathalign.pinning import pinned
 from pathalign.progress import say
 from pathalign.randomness import seeded
 from pathalign.schema import InputError, RunRecord
@@ -57,6 +58,7 @@ def align(config: RewardWeightedConfig, output_dir: str | Path) -> RunRecord:
     Raises:
         InputError: If an input cannot be used, all rewards of a round are equal, or the loss is no number any more.
     """
+    config = pinned(config)
     pipeline, reward_model, real = load_inputs(config)
     with artefact(output_dir) as folder:
         record = RewardWeightedTrainer(pipeline, reward_model, real, config, folder).train()

@@ -18,10 +18,11 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from pathalign import pinning
 from pathalign.artefacts import fingerprint
 from pathalign.cards import Grading
 from pathalign.images import to_images
-from pathalign.reward import RewardModel, RewardModelConfig
+from pathalign.reward import RewardModel, RewardModelConfig, load_reward_model
 from pathalign.schema import InputError, unknown_name
 from pathalign.settings.adapter import AdapterConfig, GuardedConfig, is_function, weighted_source
 
@@ -149,7 +150,7 @@ def load_reward(source: str, class_names: Sequence[str]) -> RewardModel | Reward
     """
     if is_function(source):
         return RewardFunction(source, class_names)
-    model: RewardModel = RewardModel.from_pretrained(source)
+    model = load_reward_model(source)
     class_map(model.config.class_names, class_names, source)
     return model
 
@@ -242,12 +243,10 @@ def no_gradient(sources: Sequence[str]) -> str:
 
 def identity(source: str) -> str:
     """What tells one version of a source from another: a folder's fingerprint, that of a function's file, or the id."""
-    if Path(source).is_dir():
-        return fingerprint(Path(source))
     if is_function(source):
         path = getattr(sys.modules.get(source.partition(":")[0]), "__file__", None)
         return f"{source}@{fingerprint(Path(path))}" if path else source
-    return source
+    return pinning.identity(source)
 
 
 class AsynchronousRewards(Generic[Result]):
