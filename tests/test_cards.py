@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from pathalign.cards import NOT_MEASURED, Grading, render, template_dir, write_card
+from pathalign.cards import NOT_MEASURED, Grading, Terms, render, template_dir, write_card
 from pathalign.schema import DISCLAIMER, InputError, RunRecord
 
 SIMULATED = Grading(simulated=True, n_grades=800, n_graders=1)
@@ -58,7 +58,7 @@ def test_front_matter_of_each_kind_has_the_keys_that_the_hub_shows(record):
 
 
 def test_an_adapter_names_its_base_model_as_the_hub_wants_it(record):
-    card = render("lora_adapter", record, grading=SIMULATED, base_model="someone/cells", license="cc-by-4.0")
+    card = render("lora_adapter", record, grading=SIMULATED, base_model="someone/cells", terms=Terms("cc-by-4.0"))
     data = ModelCard(card).data
     assert (data.base_model, data.to_dict()["base_model_relation"]) == ("someone/cells", "adapter")
     assert (data.library_name, data.license) == ("diffusers", "cc-by-4.0")
