@@ -18,6 +18,7 @@ import click
 
 from pathalign.commands import serving, transfer
 from pathalign.commands.printing import JSON_HELP, print_result, printed, quiet
+from pathalign.commands.publish import publish_command
 from pathalign.commands.stages import stage_command, with_subcommands
 from pathalign.config import ConfigError, parse_overrides, read_yaml
 from pathalign.schema import DISCLAIMER, InputError
@@ -90,6 +91,7 @@ main.add_command(feedback)
 main.add_command(stage_command("reward", "reward", "runs/reward"))
 main.add_command(stage_command("align", "align", "runs/adapter"))
 main.add_command(stage_command("evaluate", "evaluate", "runs/evaluation"))
+main.add_command(publish_command)
 
 
 @main.command("run")

@@ -21,7 +21,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 COMMANDS = ["data", "pretrain", "generate", "grade", "grade fit", "grade simulate", "feedback", "reward", "align"]
 COMMANDS += ["evaluate", "run", "demo", "grade serve", "grade invite", "grade export", "grade import"]
 COMMANDS += ["feedback compact"]
+COMMANDS += ["publish"]
 NO_STAGES = ["grade", "run", "demo", "grade serve", "grade invite", "grade export", "grade import", "feedback compact"]
+NO_STAGES += ["publish"]
 
 
 def invoke(*arguments: str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import SpaceCard, SpaceCardData
@@ -19,7 +19,6 @@ def report_card(
     repo_id: str,
     terms: Terms,
     measured_on: MeasuredOn,
-    models: Sequence[str] = (),
 ) -> str:
     """Text of the README of a static Space whose page is a report.
 
@@ -29,7 +28,6 @@ def report_card(
         repo_id: Of the Space.
         terms: Licences and consent.
         measured_on: The images behind the figures.
-        models: Hub ids of the models that it measures.
     """
     metadata = SpaceCardData(
         title=repo_id.split("/")[-1],
@@ -41,7 +39,6 @@ def report_card(
         pinned=False,
         license=terms.license,
         short_description="Synthetic images before and after feedback",
-        models=list(models) or None,
         datasets=[measured_on.dataset] if measured_on.dataset else None,
         tags=TAGS,
     )
@@ -53,7 +50,6 @@ def report_card(
         repo_id=repo_id,
         terms=terms,
         measured_on=measured_on,
-        models=models,
         headline=report.get("headline"),
         image_table=measures.image_table(report.get("metrics") or {}, tuple(measures.COLUMNS)),
         worse=report.get("worse"),

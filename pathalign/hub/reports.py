@@ -1,0 +1,97 @@
+"""An evaluation as the source of a card's figures: known to be about the artefact, with its sheets of samples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pathalign.artefacts import fingerprint
+from pathalign.cards import MeasuredOn, Sheet
+from pathalign.hub.kinds import Artefact
+from pathalign.schema import InputError, RunRecord
+
+SHEETS = {"before": "Samples of the base model", "after": "Samples of the aligned model"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `pathalign evaluate` found: its `metrics.json`, where it lies, and how it was made."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    record: RunRecord
+
+
+def report_of(artefact: Artefact, folder: str) -> Report:
+    """Read an evaluation and see that it measured this artefact.
+
+    Raises:
+        InputError: If it is none, or measured something else, or nothing tells what it measured.
+    """
+    place = Path(folder)
+    record = RunRecord.load(place)
+    if record.stage != "evaluate" or not (place / "metrics.json").is_file():
+        raise InputError(
+            f"{folder} is no evaluation but of the stage {record.stage!r}; give what `pathalign evaluate` made."
+        )
+    name, column = ("model", "before") if artefact.kind.name == "base" else ("adapter", "after")
+    measured = record.inputs.get(name) or _sampled_from(record, column).get(name)
+    if measured is None:
+        raise InputError(
+            f"Nothing tells which {name} {folder} measured: its samples {record.config.get(column)} are gone. "
+            "Evaluate again, with `--adapter` if it is about one."
+        )
+    if measured != artefact.fingerprint:
+        raise InputError(
+            f"{folder} measured another {name} (fingerprint {measured}) than {artefact.folder} "
+            f"({artefact.fingerprint}); evaluate this one, or leave out `--report`."
+        )
+    return Report(place, json.loads((place / "metrics.json").read_text()), record)
+
+
+def _sampled_from(record: RunRecord, column: str) -> dict[str, str]:
+    """Inputs of the samples that were measured, if they still are what they were."""
+    folder = Path(str(record.config.get(column)))
+    if not (folder / RunRecord.FILE_NAME).is_file() or fingerprint(folder) != record.inputs.get(column):
+        return {}
+    return RunRecord.load(folder).inputs
+
+
+def copy_sheets(report: Report, columns: Sequence[str], place: Path) -> list[Sheet]:
+    """Put the sheets of samples beside the card; the first images of each class, by seed, none chosen."""
+    sheets = []
+    for name in columns:
+        source = report.folder / "figures" / f"samples_{name}.png"
+        if source.is_file():
+            (place / "images").mkdir(exist_ok=True)
+            shutil.copyfile(source, place / "images" / source.name)
+            sheets.append(Sheet(f"images/{source.name}", SHEETS[name]))
+    return sheets
+
+
+def measured_on(given: str | None, record: RunRecord, name: str) -> MeasuredOn:
+    """The dataset that figures were measured on: the one that was given, else the one that records name.
+
+    Args:
+        given: `OWNER/NAME@REVISION`, or nothing.
+        record: Of the evaluation or the reward model.
+        name: Its setting that names the images, `data` or `feedback`.
+    """
+    if given:
+        dataset, _, revision = given.partition("@")
+        return MeasuredOn(dataset, revision or None)
+    source, known = str(record.config.get(name)), record.inputs.get(name, "")
+    if known.split("@")[0] == source:  # a Hub id, or one with its revision: only folders have a fingerprint
+        return MeasuredOn(source, record.config.get(f"{name}_revision"))
+    folder = Path(source)
+    if (folder / RunRecord.FILE_NAME).is_file() and fingerprint(folder) == known:
+        prepared = RunRecord.load(folder)
+        origin = str(prepared.config.get("source", ""))
+        # Of a folder the revision is a fingerprint, of a Hub dataset a commit.
+        if origin.count("/") == 1 and len(prepared.inputs.get("source", "")) == 40:
+            return MeasuredOn(origin, prepared.inputs["source"])
+    return MeasuredOn()
