@@ -71,15 +71,18 @@ class MeasuredOn:
         dataset: `OWNER/NAME` of a Hub dataset; None if it is on no Hub.
         revision: Its commit or tag, None if not known.
         split: Name of the split.
+        stated: Whether the publisher says so, and no record does.
     """
 
     dataset: str | None = None
     revision: str | None = None
     split: str = "test"
+    stated: bool = False
 
     def __str__(self) -> str:
         where = f"`{self.dataset}`" if self.dataset else "a dataset that is not on the Hub"
-        return f"split `{self.split}` of {where}, revision {self.revision or NOT_STATED}"
+        said = ", as the publisher states" if self.stated else ""
+        return f"split `{self.split}` of {where}, revision {self.revision or NOT_STATED}{said}"
 
 
 def template_dir() -> Path:

@@ -62,9 +62,11 @@ def interval_of(figures: Mapping[str, Any], key: str) -> tuple[float, float] | N
     return (float(found[0]), float(found[1])) if found else None
 
 
-def image_measures(figures: Mapping[str, Any]) -> list[Measure]:
+def image_measures(figures: Mapping[str, Any], simulated_judge: bool) -> list[Measure]:
     """The measured ones of a set of images in `metrics.json`."""
     titles = {key: title for key, title in IMAGE_MEASURES.items() if key != "n_fidelity"}
+    if simulated_judge:
+        titles["plausible_share"] = "plausible, by a simulated judge"
     return _measures(figures, titles, lambda key: "n" if key in OF_ALL_IMAGES else "n_fidelity")
 
 

@@ -141,7 +141,11 @@ def own_figures(kind: CardKind, report: Mapping[str, Any]) -> Mapping[str, Any]:
 def own_measures(kind: CardKind, report: Mapping[str, Any]) -> list[measures.Measure]:
     """The model's own measured figures, which its front matter and `.eval_results` hold."""
     figures = own_figures(kind, report)
-    return measures.reward_measures(figures) if kind == "reward_model" else measures.image_measures(figures)
+    return (
+        measures.reward_measures(figures)
+        if kind == "reward_model"
+        else measures.image_measures(figures, bool(report.get("simulated")))
+    )
 
 
 def write_card(

@@ -91,6 +91,17 @@ class HubRepo:
         """Whether a repo of this name is there as another type."""
         return self.again(lambda: self.api.repo_exists(self.repo_id, repo_type=repo_type))
 
+    def validate(self, card: str) -> None:
+        """Let the Hub look at a card's front matter.
+
+        Raises:
+            InputError: If it would not take it.
+        """
+        from huggingface_hub import DatasetCard, ModelCard, SpaceCard
+
+        kinds = {"model": ModelCard, "dataset": DatasetCard, "space": SpaceCard}
+        self.again(lambda: kinds[self.repo_type](card).validate())
+
     def create(self, private: bool) -> None:
         """Make it unless it is there."""
         sdk = "static" if self.repo_type == "space" else None
@@ -189,6 +200,8 @@ class HubRepo:
             except InputError:
                 raise
             except Exception as error:
+                if type(error) is ValueError:  # how the client says that the Hub found fault with the card
+                    raise InputError(f"The Hub does not take the card of {self.repo_id}: {error}") from error
                 wait_s = waiting_time_s(error, tries)
                 if wait_s is None or time.monotonic() - started + wait_s > PATIENCE_S:
                     raise explained(error, self.repo_id, self.repo_type) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from pathalign.hub.commits import MANIFEST, Changes, Head, HubRepo
 from pathalign.hub.kinds import Artefact, kind_of_stage, recognise
-from pathalign.hub.staging import Staged, stage
+from pathalign.hub.staging import CARD, Staged, stage
 from pathalign.remote import REPO_TYPES, is_repo_id
 from pathalign.schema import InputError
 from pathalign.settings.publish import PublishConfig
@@ -75,6 +75,7 @@ def publish(
     repo = HubRepo(repo_id, artefact.kind.repo_type)
     with tempfile.TemporaryDirectory(prefix="pathalign-publish-") as place:
         staged = stage(artefact, repo_id, config, Path(place), get_token())
+        repo.validate((staged.place / CARD).read_text())
         head = repo.head()
         if head is None:
             _check_no_other_type(repo)
@@ -98,7 +99,7 @@ def publish(
             )
             result.changed = bool(changes)
             if config.revision_tag:
-                repo.tag(config.revision_tag, result.commit)
+                _tag(repo, config.revision_tag, result.commit)
         result.files = _listed(staged, changes)
     return result
 
@@ -170,6 +171,13 @@ def _check_tag(repo: HubRepo, tag: str, commit: str | None) -> None:
             f"The tag {tag!r} of {repo.repo_id} is at commit {str(found)[:8]} already; choose another with "
             "`--revision-tag`."
         )
+
+
+def _tag(repo: HubRepo, tag: str, commit: str) -> None:
+    try:
+        repo.tag(tag, commit)
+    except InputError as error:
+        raise InputError(f"Commit {commit} is published, but has not got its tag. {error}") from error
 
 
 def _digest(staged: Staged) -> str:

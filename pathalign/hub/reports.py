@@ -26,8 +26,13 @@ class Report:
     record: RunRecord
 
 
-def report_of(artefact: Artefact, folder: str) -> Report:
+def report_of(artefact: Artefact, folder: str, dataset: str | None = None) -> Report:
     """Read an evaluation and see that it measured this artefact.
+
+    Args:
+        artefact: A base model or an adapter.
+        folder: What `pathalign evaluate` made.
+        dataset: The Hub dataset that the publisher says it was measured on, if any.
 
     Raises:
         InputError: If it is none, or measured something else, or nothing tells what it measured.
@@ -50,7 +55,10 @@ def report_of(artefact: Artefact, folder: str) -> Report:
             f"{folder} measured another {name} (fingerprint {measured}) than {artefact.folder} "
             f"({artefact.fingerprint}); evaluate this one, or leave out `--report`."
         )
-    return Report(place, json.loads((place / "metrics.json").read_text()), record)
+    metrics = json.loads((place / "metrics.json").read_text())
+    if metrics.get("phantom") and dataset:
+        raise InputError(f"{folder} measured drawn phantoms, not the images of {dataset}; leave out `--dataset`.")
+    return Report(place, metrics, record)
 
 
 def _sampled_from(record: RunRecord, column: str) -> dict[str, str]:
@@ -83,7 +91,7 @@ def measured_on(given: str | None, record: RunRecord, name: str) -> MeasuredOn:
     """
     if given:
         dataset, _, revision = given.partition("@")
-        return MeasuredOn(dataset, revision or None)
+        return MeasuredOn(dataset, revision or None, stated=True)
     source, known = str(record.config.get(name)), record.inputs.get(name, "")
     if known.split("@")[0] == source:  # a Hub id, or one with its revision: only folders have a fingerprint
         return MeasuredOn(source, record.config.get(f"{name}_revision"))

@@ -149,7 +149,7 @@ def _measured(artefact: Artefact, config: PublishConfig, staged: Staged, columns
     if config.report is None:
         staged.checks.append("no report: the card says that nothing was measured")
         return _Measured(None, reports.measured_on(config.dataset, artefact.record, "data"), [])
-    report = reports.report_of(artefact, config.report)
+    report = reports.report_of(artefact, config.report, config.dataset)
     on = reports.measured_on(config.dataset, report.record, "data")
     staged.checks.append(f"{config.report} measured this {artefact.kind.name}")
     kind: cards.CardKind = "lora_adapter" if artefact.kind.name == "adapter" else "diffusion_base"
@@ -162,6 +162,10 @@ def _adapter(artefact: Artefact, repo_id: str, config: PublishConfig, terms: Ter
     staged.checks.append(f"base model {base.repo_id} at {base.revision or 'main'} is the one it was trained on")
     metrics = artefact.record.metrics
     names = metrics.get("class_names") or base.class_names
+    if not names:
+        raise InputError(
+            f"{artefact.folder} does not name its classes, and neither does {base.repo_id}; train it again."
+        )
     staged.facts |= {"class_names": names, "base_model": base.fingerprint, "base_repo": base.repo_id}
     grading = _grading_of_adapter(artefact)
     _copy(artefact, staged)
@@ -229,7 +233,7 @@ def _feedback(artefact: Artefact, repo_id: str, config: PublishConfig, terms: Te
     parts = stage_parts(artefact, config, staged.place)
     if problems := privacy.problems_of_graders(parts.grades):
         raise refused(artefact.folder, problems)
-    staged.checks.append(f"{parts.agreement['n_graders']} graders, by pseudonyms")
+    staged.checks.append(f"graders, by pseudonyms only: {parts.agreement['n_graders']}")
     staged.checks.append("comments go along: read them first" if config.comments else "comments stay here")
     if staying := [path.name for path in own_files(artefact.folder) if not _goes(path, staged)]:
         staged.checks.append(f"other files stay here: {', '.join(sorted(staying))}")
