@@ -201,3 +201,187 @@ def test_the_hub_runs_as_a_process_and_takes_faults_over_http(tmp_path: Path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_repos_move_and_the_old_name_leads_to_the_new_one(hub: HubServer, tmp_path: Path):
+    client(
+        hub,
+        tmp_path,
+        """
+        api.create_repo("lab/model")
+        api.upload_file(path_or_fileobj=b"weights", path_in_repo="a.txt", repo_id="lab/model")
+        api.move_repo("lab/model", "lab/better")
+        assert open(hf_hub_download("lab/better", "a.txt"), "rb").read() == b"weights"
+        assert api.model_info("lab/model").id == "lab/better"
+        assert open(hf_hub_download("lab/model", "a.txt"), "rb").read() == b"weights"
+        assert api.upload_file(path_or_fileobj=b"2", path_in_repo="b.txt", repo_id="lab/model").oid
+        assert api.list_repo_files("lab/better") == [".gitattributes", "a.txt", "b.txt"]
+        api.create_repo("lab/third")
+        for old, new, status in (("lab/third", "lab/better", 409), ("lab/third", "other/third", 403)):
+            try:
+                api.move_repo(old, new)
+                raise SystemExit("moved")
+            except HfHubHTTPError as error:
+                assert error.response.status_code == status
+        """,
+    )
+
+
+def test_a_gated_repo_is_seen_by_all_and_read_by_those_let_in(hub: HubServer, tmp_path: Path):
+    hub.store.add_token("hf_visitor", "visitor")
+    client(
+        hub,
+        tmp_path,
+        """
+        api.create_repo("lab/gated")
+        api.upload_file(path_or_fileobj=b"1", path_in_repo="a.txt", repo_id="lab/gated")
+        api.update_repo_settings("lab/gated", gated="manual")
+        visitor = HfApi(token="hf_visitor")
+        assert visitor.model_info("lab/gated").gated == "manual"
+        for call in (lambda: visitor.hf_hub_download("lab/gated", "a.txt"), lambda: visitor.auth_check("lab/gated"),
+                     lambda: HfApi(token=False).hf_hub_download("lab/gated", "a.txt")):
+            try:
+                call()
+                raise SystemExit("let in")
+            except GatedRepoError as error:
+                assert error.response.status_code in (401, 403)
+        assert open(api.hf_hub_download("lab/gated", "a.txt")).read() == "1"
+        api.grant_access("lab/gated", "visitor")
+        assert open(visitor.hf_hub_download("lab/gated", "a.txt")).read() == "1"
+        api.update_repo_settings("lab/gated", gated=False, private=True)
+        assert not visitor.repo_exists("lab/gated") and api.model_info("lab/gated").private
+        """,
+    )
+
+
+def test_branches_and_tags_are_made_read_and_deleted(hub: HubServer, tmp_path: Path):
+    client(
+        hub,
+        tmp_path,
+        """
+        where = {"repo_id": "lab/grades", "repo_type": "dataset"}
+        put = lambda text, **more: api.upload_file(path_or_fileobj=text, path_in_repo="a", **where, **more).oid
+        first = put(b"1")
+        api.create_tag(**where, tag="v1", tag_message="one")
+        api.create_branch(**where, branch="try/this", revision=first[:8])
+        second, third = put(b"2"), put(b"3", revision="try/this")
+        read = lambda revision: open(hf_hub_download(**where, filename="a", revision=revision)).read()
+        assert [read(revision) for revision in ("v1", "main", "try/this", first[:7])] == ["1", "2", "3", "1"]
+        refs = api.list_repo_refs(**where)
+        assert {ref.name: ref.target_commit for ref in refs.branches} == {"main": second, "try/this": third}
+        assert {ref.ref: ref.target_commit for ref in refs.tags} == {"refs/tags/v1": first}
+        api.create_tag(**where, tag="v1", exist_ok=True)
+        api.create_branch(**where, branch="try/this", exist_ok=True)
+        statuses = []
+        for call in (lambda: api.create_tag(**where, tag="v1"), lambda: api.create_branch(**where, branch="try/this"),
+                     lambda: api.create_branch(**where, branch="refs/pr/1"),
+                     lambda: api.delete_branch(**where, branch="main"), lambda: put(b"4", revision="v1"),
+                     lambda: api.create_tag(**where, tag="v2", revision="no"),
+                     lambda: api.delete_tag(**where, tag="no")):
+            try:
+                call()
+            except HfHubHTTPError as error:
+                statuses.append(error.response.status_code)
+        assert statuses == [409, 409, 400, 403, 400, 404, 404], statuses
+        api.delete_tag(**where, tag="v1")
+        api.delete_branch(**where, branch="try/this")
+        assert not api.revision_exists(**where, revision="v1") and not api.revision_exists(**where, revision="try/this")
+        """,
+    )
+
+
+def test_a_pull_request_is_read_by_its_ref_and_merged(hub: HubServer, tmp_path: Path):
+    hub.store.add_token("hf_visitor", "visitor")
+    hub.store.add_token("hf_reader", "reader", writes="")
+    client(
+        hub,
+        tmp_path,
+        """
+        where = {"repo_id": "lab/model"}
+        api.create_repo("lab/model")
+        add = lambda path, text: [CommitOperationAdd(path_in_repo=path, path_or_fileobj=text.encode())]
+        api.create_commit(**where, operations=add("a", "1"), commit_message="one")
+        visitor = HfApi(token="hf_visitor")
+        made = visitor.create_commit(**where, operations=add("b.bin", "2"), commit_message="two", create_pr=True)
+        assert (made.pr_num, made.pr_revision) == (1, "refs/pr/1"), made
+        visitor.create_commit(**where, operations=add("c", "3"), commit_message="three", revision="refs/pr/1")
+        assert api.list_repo_files(**where) == [".gitattributes", "a"]
+        assert api.list_repo_files(**where, revision="refs/pr/1") == [".gitattributes", "a", "b.bin", "c"]
+        assert open(hf_hub_download(**where, filename="b.bin", revision="refs/pr/1")).read() == "2"
+        pulls = api.list_repo_refs(**where, include_pull_requests=True).pull_requests
+        assert [ref.ref for ref in pulls] == ["refs/pr/1"]
+        for token, status in (("hf_visitor", 403), ("hf_reader", 403), (False, 401)):
+            try:
+                HfApi(token=token).create_commit(
+                    **where, operations=add("d", "4"), commit_message="m", create_pr=token != "hf_visitor"
+                )
+                raise SystemExit(f"{token} may write")
+            except HfHubHTTPError as error:
+                assert error.response.status_code == status, error
+        api.create_commit(**where, operations=add("e", "5"), commit_message="beside")
+        (pull,) = api.get_repo_discussions(**where, discussion_status="open", discussion_type="pull_request")
+        assert (pull.num, pull.title, pull.author, pull.status) == (1, "two", "visitor", "open")
+        api.merge_pull_request(**where, discussion_num=1)
+        details = api.get_discussion_details(**where, discussion_num=1)
+        assert details.status == "merged" and details.merge_commit_oid == api.model_info("lab/model").sha
+        assert api.list_repo_files(**where) == [".gitattributes", "a", "b.bin", "c", "e"]
+        """,
+    )
+
+
+def test_a_commit_during_another_one_of_the_same_repo_is_409(hub: HubServer, tmp_path: Path):
+    hub.store.commit_takes_s = 1.0
+    client(
+        hub,
+        tmp_path,
+        """
+        from concurrent.futures import ThreadPoolExecutor
+        hub_of = {"lab/grades": "dataset", "lab/model": "model"}
+        api.create_repo("lab/model")
+        def commit(name):
+            try:
+                add = [CommitOperationAdd(path_in_repo="a", path_or_fileobj=b"1")]
+                api.create_commit(name, add, commit_message="m", repo_type=hub_of[name])
+                return 200
+            except HfHubHTTPError as error:
+                return error.response.status_code
+        with ThreadPoolExecutor() as pool:
+            statuses = list(pool.map(commit, ["lab/grades", "lab/grades", "lab/model"]))
+        assert sorted(statuses[:2]) == [200, 409] and statuses[2] == 200, statuses
+        """,
+    )
+
+
+def test_front_matter_is_checked_before_a_commit_and_told_by_repo_info(hub: HubServer, tmp_path: Path):
+    client(
+        hub,
+        tmp_path,
+        r"""
+        api.create_repo("lab/model")
+        put = lambda text: api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="lab/model")
+        for text, reason in (("---\ntags: [a, b\n---\n", "Bad YAML"), ("---\ntags: [1]\n---\n", '"tags" must be'),
+                             ("---\nlicense: other\n---\n", "license_name")):
+            try:
+                put(text)
+                raise SystemExit(f"took {text}")
+            except ValueError as error:
+                assert reason in str(error), error
+        put("---\nlicense: apache-2.0\nlibrary_name: diffusers\ntags: [cells]\nbase_model: lab/base\n---\n# Model\n")
+        info = api.model_info("lab/model")
+        assert info.card_data.license == "apache-2.0" and info.library_name == "diffusers"
+        assert {"cells", "license:apache-2.0", "base_model:lab/base"} <= set(info.tags)
+        assert [found.id for found in api.list_models(author="lab", filter="cells")] == ["lab/model"]
+        assert [found.id for found in api.list_models(author="lab", filter="no")] == []
+        assert [found.id for found in api.list_datasets(author="lab", search="GRA")] == ["lab/grades"]
+        assert list(HfApi(token=False).list_datasets(author="lab")) == []
+        """,
+    )
+
+
+def test_a_long_folder_comes_in_pages(hub: HubServer, tmp_path: Path):
+    repo = hub.store.repo("datasets", "lab/grades", hub.token)
+    lines = [{"key": "file", "value": {"path": f"grades/{number:04}", "content": ""}} for number in range(2100)]
+    hub.store.commit(repo, "main", [{"key": "header", "value": {"summary": "many"}}, *lines])
+    code = "print(len(list(api.list_repo_tree('lab/grades', 'grades', repo_type='dataset'))))"
+    assert client(hub, tmp_path, code) == "2100"
+    assert sum("/tree/main" in request for request in hub.faults.requests) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from math import ceil
 from typing import Any
 
@@ -11,8 +12,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from hub.store import Entry, HubError, Store, upload_mode
-from hub.web import authorized, find_repo, json_body, revision_of
+from hub.cards import check_card
+from hub.errors import HubError
+from hub.pulls import may_propose, open_pull
+from hub.store import Entry, Store, upload_mode
+from hub.web import API, find_repo, json_body, readable, revision_of, token_of, web_url, writable
 
 PAGE = 1000  # entries of a tree in one answer; the client follows `Link`
 PART_BYTES = 5 * 2**20  # larger uploads come in parts
@@ -21,8 +25,7 @@ PART_BYTES = 5 * 2**20  # larger uploads come in parts
 async def preupload(request: Request) -> Response:
     """Say how each file is to be sent, and which bytes are at its path now."""
     store: Store = request.app.state.store
-    repo = find_repo(request)
-    authorized(request, repo.name)
+    repo = may_propose(request) if proposes(request) else writable(request)
     tree = store.tree(store.resolve(repo, revision_of(request)))
     files = [
         {
@@ -38,19 +41,33 @@ async def preupload(request: Request) -> Response:
     return JSONResponse({"files": files})
 
 
+def proposes(request: Request) -> bool:
+    """Whether a commit opens a pull request, or goes to one."""
+    return "create_pr" in request.query_params or revision_of(request).startswith("refs/pr/")
+
+
 async def commit(request: Request) -> Response:
+    """Commit to a branch, or with `create_pr` open a pull request."""
     store: Store = request.app.state.store
-    repo = find_repo(request)
-    authorized(request, repo.name)
+    repo = may_propose(request) if proposes(request) else writable(request)
     body = await request.body()
     try:
         lines = [json.loads(line) for line in body.splitlines() if line.strip()]
     except ValueError as error:
         raise HubError(400, f"A line of the commit is no JSON: {error}") from error
-    oid = await run_in_threadpool(store.commit, repo, revision_of(request), lines)
-    prefix = "" if repo.kind == "models" else f"{repo.kind}/"
-    url = f"{str(request.base_url).rstrip('/')}/{prefix}{repo.name}/commit/{oid}"
-    return JSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
+    for line in lines:
+        if line["key"] == "file" and line["value"]["path"] == "README.md":
+            errors, _ = check_card(b64decode(line["value"]["content"]).decode(), repo.kind.removesuffix("s"))
+            if errors:
+                raise HubError(400, "Invalid metadata in README.md: " + "; ".join(errors))
+    answer: dict[str, Any] = {"success": True, "hookOutput": ""}
+    if "create_pr" in request.query_params:
+        author = store.user(token_of(request))
+        number, oid = await run_in_threadpool(open_pull, store, repo, revision_of(request), lines, author)
+        answer["pullRequestUrl"] = web_url(request, repo, "discussions", str(number))
+    else:
+        oid = await run_in_threadpool(store.commit, repo, revision_of(request), lines)
+    return JSONResponse(answer | {"commitOid": oid, "commitUrl": web_url(request, repo, "commit", oid)})
 
 
 def tree(request: Request) -> Response:
@@ -98,7 +115,7 @@ async def paths_info(request: Request) -> Response:
 def resolve(request: Request) -> Response:
     """A file: its bytes, or for a large one the way to them."""
     store: Store = request.app.state.store
-    repo = find_repo(request)
+    repo = readable(request)
     oid = store.resolve(repo, revision_of(request))
     entry = store.tree(oid).get(request.path_params["path"])
     headers = {"X-Repo-Commit": oid, "Accept-Ranges": "bytes"}
@@ -129,8 +146,7 @@ def _content(request: Request, store: Store, sha256: str, headers: dict[str, str
 async def lfs_batch(request: Request) -> Response:
     """Where to send large files; those that are here already need no sending."""
     store: Store = request.app.state.store
-    repo = find_repo(request)
-    authorized(request, repo.name)
+    may_propose(request)  # what is uploaded is in no repo before a commit names it
     objects = []
     base = str(request.base_url).rstrip("/")
     for item in (await json_body(request))["objects"]:
@@ -188,15 +204,14 @@ async def lfs_verify(request: Request) -> Response:
     return Response(status_code=200 if store.has_blob(body["oid"]) else 404)
 
 
-def file_routes(api: str) -> list[Route]:
-    """All routes about files; `api` is the path of a repo's API."""
+def routes() -> list[Route]:
     repos = ["/{kind:kind}/{namespace}/{name}", "/{namespace}/{name}"]
     return [
-        Route(f"{api}/preupload/{{revision}}", preupload, methods=["POST"]),
-        Route(f"{api}/commit/{{revision}}", commit, methods=["POST"]),
-        Route(f"{api}/tree/{{revision}}", tree),
-        Route(f"{api}/tree/{{revision}}/{{path:path}}", tree),
-        Route(f"{api}/paths-info/{{revision}}", paths_info, methods=["POST"]),
+        Route(f"{API}/preupload/{{revision}}", preupload, methods=["POST"]),
+        Route(f"{API}/commit/{{revision}}", commit, methods=["POST"]),
+        Route(f"{API}/tree/{{revision}}", tree),
+        Route(f"{API}/tree/{{revision}}/{{path:path}}", tree),
+        Route(f"{API}/paths-info/{{revision}}", paths_info, methods=["POST"]),
         Route("/lfs/{sha256}", lfs_object, methods=["GET", "PUT"]),
         Route("/lfs/{sha256}/part/{number:int}", lfs_part, methods=["PUT"]),
         Route("/lfs/{sha256}/complete", lfs_complete, methods=["POST"]),

@@ -1,9 +1,11 @@
-"""What the loopback Hub keeps: repos, commits and who may do what in SQLite, file contents by their hash on disk."""
+"""What the loopback Hub keeps: repos, their commits and refs in SQLite, file contents by their hash on disk."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import re
 import sqlite3
 import threading
 import time
@@ -11,17 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hub.accounts import READ, WRITE, Accounts, scope
+from hub.errors import HubError, Moved
+
 TABLES = """
-CREATE TABLE repos (kind TEXT, name TEXT, private INTEGER, sdk TEXT, created REAL, PRIMARY KEY (kind, name));
+CREATE TABLE repos (
+    kind TEXT, name TEXT, visibility TEXT, sdk TEXT, gated TEXT, created REAL, PRIMARY KEY (kind, name)
+);
+CREATE TABLE moved (kind TEXT, old TEXT, new TEXT, PRIMARY KEY (kind, old));
+CREATE TABLE granted (kind TEXT, name TEXT, user TEXT, PRIMARY KEY (kind, name, user));
 CREATE TABLE commits (
     number INTEGER PRIMARY KEY, kind TEXT, name TEXT, oid TEXT UNIQUE, parent TEXT, title TEXT, created REAL, tree TEXT
 );
 CREATE TABLE refs (kind TEXT, name TEXT, ref TEXT, oid TEXT, PRIMARY KEY (kind, name, ref));
-CREATE TABLE tokens (token TEXT PRIMARY KEY, user TEXT, writes TEXT);
 """
 GIT_ATTRIBUTES = b"*.parquet filter=lfs diff=lfs merge=lfs -text\n*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 LFS_SUFFIXES = (".parquet", ".safetensors", ".bin", ".zip", ".png", ".npy")
 LARGEST_REGULAR = 10 * 2**20
+HEADS, TAGS = "refs/heads/", "refs/tags/"
 
 
 @dataclass(frozen=True)
@@ -43,22 +52,30 @@ class Entry:
 
 @dataclass(frozen=True)
 class Repo:
-    kind: str  # models, datasets or spaces
+    """Attributes:
+    kind: models, datasets or spaces.
+    visibility: public, private, or protected: a Space whose page is for all and whose files are not.
+    gated: auto, manual or empty.
+    """
+
+    kind: str
     name: str
-    private: bool
+    visibility: str
     sdk: str | None
+    gated: str
+    created: float
 
-
-class HubError(Exception):
-    """An answer that is no success, with the headers that clients look at."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, **extra: Any) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.extra = status, message, code, extra
+    @property
+    def private(self) -> bool:
+        return self.visibility != "public"
 
 
 class Store:
-    """State of the server. One lock for all: a test's Hub has few clients."""
+    """State of the server. One lock for all: a test's Hub has few clients.
+
+    Attributes:
+        commit_takes_s: Others' commits to the same repo are refused with 409 so long.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.blobs = folder / "blobs"
@@ -67,53 +84,108 @@ class Store:
         self.database = sqlite3.connect(folder / "hub.sqlite", check_same_thread=False, isolation_level=None)
         self.database.execute("PRAGMA synchronous=OFF")
         self.database.executescript(TABLES)
+        self.accounts = Accounts(self.database, self.lock)
+        self.commit_takes_s = 0.0
+        self._committing: set[tuple[str, str]] = set()
 
     # --- who may do what
 
     def add_token(self, token: str, user: str, writes: str = "*") -> None:
-        """A token of a user that may write to one repo, to all of the user's (`*`) or to none (empty)."""
-        self.database.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?)", (token, user, writes))
+        """A token that may write to all of a user's repos (`*`), to none (empty), or to one dataset by its name."""
+        if writes in ("*", ""):
+            self.accounts.add_token(token, user, "write" if writes else "read")
+        else:
+            self.accounts.add_token(token, user, "fineGrained", [scope("dataset", writes, READ, WRITE)])
 
     def user(self, token: str | None) -> str | None:
         """Who a token belongs to; None without a token."""
-        if token is None:
-            return None
-        with self.lock:
-            found = self.database.execute("SELECT user FROM tokens WHERE token = ?", (token,)).fetchone()
-        if found is None:
-            raise HubError(401, "Invalid credentials in Authorization header")
-        return str(found[0])
+        found = self.accounts.token(token)
+        return found.user if found else None
 
-    def may_write(self, token: str | None, name: str) -> bool:
+    def may_write(self, token: str | None, repo: Repo) -> bool:
+        return self.accounts.permits(token, repo.kind, repo.name, WRITE)
+
+    def check_gate(self, repo: Repo, token: str | None) -> None:
+        """Refuse files of a gated repo to those who are not let in."""
+        user = self.user(token)
+        if not repo.gated or self.accounts.permits(token, repo.kind, repo.name, READ):
+            return
         with self.lock:
-            found = self.database.execute("SELECT user, writes FROM tokens WHERE token = ?", (token,)).fetchone()
-        return bool(found) and (found[1] == name or (found[1] == "*" and name.split("/")[0] == found[0]))
+            query = "SELECT 1 FROM granted WHERE kind = ? AND name = ? AND user = ?"
+            if self.database.execute(query, (repo.kind, repo.name, user)).fetchone():
+                return
+        message = f"Access to {repo.name} is restricted and you are not in the authorized list."
+        raise HubError(401 if user is None else 403, message, "GatedRepo")
+
+    def grant(self, repo: Repo, user: str) -> None:
+        """Let a user into a gated repo."""
+        self.database.execute("INSERT OR REPLACE INTO granted VALUES (?, ?, ?)", (repo.kind, repo.name, user))
 
     # --- repos
 
-    def create(self, kind: str, name: str, private: bool = False, sdk: str | None = None) -> None:
+    def create(
+        self, kind: str, name: str, private: bool = False, sdk: str | None = None, visibility: str | None = None
+    ) -> None:
         with self.lock:
             if self.database.execute("SELECT 1 FROM repos WHERE kind = ? AND name = ?", (kind, name)).fetchone():
                 raise HubError(409, "You already created this repo", url=f"{kind}/{name}")
-            self.database.execute("INSERT INTO repos VALUES (?, ?, ?, ?, ?)", (kind, name, private, sdk, time.time()))
-            repo = Repo(kind, name, private, sdk)
-            self._commit(repo, "main", None, "initial commit", {".gitattributes": self.add_file(GIT_ATTRIBUTES)})
+            repo = Repo(kind, name, visibility or ("private" if private else "public"), sdk, "", time.time())
+            values = (kind, name, repo.visibility, sdk, repo.gated, repo.created)
+            self.database.execute("INSERT INTO repos VALUES (?, ?, ?, ?, ?, ?)", values)
+            self.database.execute("DELETE FROM moved WHERE kind = ? AND old = ?", (kind, name))
+            files = {".gitattributes": self.add_file(GIT_ATTRIBUTES)}
+            self.add_commit(repo, f"{HEADS}main", None, "initial commit", files)
 
     def delete(self, kind: str, name: str) -> None:
         with self.lock:
-            for table in ("repos", "commits", "refs"):
+            for table in self._tables_of_repos():
                 self.database.execute(f"DELETE FROM {table} WHERE kind = ? AND name = ?", (kind, name))
+
+    def move(self, kind: str, old: str, new: str) -> None:
+        """Give a repo another name; the old one leads to it."""
+        with self.lock:
+            if self.database.execute("SELECT 1 FROM repos WHERE kind = ? AND name = ?", (kind, new)).fetchone():
+                raise HubError(409, f"{new} exists already")
+            for table in self._tables_of_repos():
+                query = f"UPDATE {table} SET name = ? WHERE kind = ? AND name = ?"
+                self.database.execute(query, (new, kind, old))
+            self.database.execute("INSERT OR REPLACE INTO moved VALUES (?, ?, ?)", (kind, old, new))
+
+    def _tables_of_repos(self) -> list[str]:
+        query = """SELECT tables.name FROM sqlite_master tables, pragma_table_info(tables.name) columns
+                   WHERE columns.name IN ('kind', 'name') GROUP BY tables.name HAVING COUNT(*) = 2"""
+        return [table for (table,) in self.database.execute(query).fetchall()]
+
+    def configure(self, repo: Repo, **settings: str) -> None:
+        """Change `visibility` or `gated`."""
+        for column, value in settings.items():
+            query = f"UPDATE repos SET {column} = ? WHERE kind = ? AND name = ?"
+            self.database.execute(query, (value, repo.kind, repo.name))
 
     def repo(self, kind: str, name: str, token: str | None) -> Repo:
         """A repo that the token's owner may see; to others a private one does not exist."""
         user = self.user(token)
         with self.lock:
-            query = "SELECT private, sdk FROM repos WHERE kind = ? AND name = ?"
+            query = "SELECT * FROM repos WHERE kind = ? AND name = ?"
             found = self.database.execute(query, (kind, name)).fetchone()
-        hidden = found is not None and found[0] and user != name.split("/")[0] and not self.may_write(token, name)
-        if found is None or hidden:
+            moved = self.database.execute("SELECT new FROM moved WHERE kind = ? AND old = ?", (kind, name)).fetchone()
+        repo = Repo(*found) if found else None
+        if repo is None and moved:
+            raise Moved(name, moved[0])
+        if repo is None or (repo.private and not self.accounts.permits(token, kind, name, READ)):
             raise HubError(401 if user is None else 404, "Repository not found", "RepoNotFound")
-        return Repo(kind, name, bool(found[0]), found[1])
+        return repo
+
+    def all_repos(self, kind: str) -> list[Repo]:
+        """All repos of a kind, newest first."""
+        with self.lock:
+            query = "SELECT * FROM repos WHERE kind = ? ORDER BY created DESC"
+            return [Repo(*row) for row in self.database.execute(query, (kind,)).fetchall()]
+
+    def repos(self, kind: str, token: str | None) -> list[Repo]:
+        """Those that the token's owner may see."""
+        found = self.all_repos(kind)
+        return [repo for repo in found if not repo.private or self.accounts.permits(token, kind, repo.name, READ)]
 
     # --- contents
 
@@ -142,15 +214,37 @@ class Store:
     # --- commits
 
     def resolve(self, repo: Repo, revision: str) -> str:
-        """Commit id of a branch, a tag or a commit."""
+        """Commit id of a branch, a tag, a pull request (`refs/pr/1`) or a commit, which may be cut to 7 digits."""
+        names = (revision,) if revision.startswith("refs/") else (HEADS + revision, TAGS + revision)
         with self.lock:
-            query = "SELECT oid FROM refs WHERE kind = ? AND name = ? AND ref = ?"
-            found = self.database.execute(query, (repo.kind, repo.name, revision)).fetchone()
-            query = "SELECT oid FROM commits WHERE kind = ? AND name = ? AND oid = ?"
-            found = found or self.database.execute(query, (repo.kind, repo.name, revision)).fetchone()
-        if found is None:
-            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return str(found[0])
+            for name in names:
+                query = "SELECT oid FROM refs WHERE kind = ? AND name = ? AND ref = ?"
+                if found := self.database.execute(query, (repo.kind, repo.name, name)).fetchone():
+                    return str(found[0])
+            if re.fullmatch("[0-9a-f]{7,40}", revision):
+                query = "SELECT oid FROM commits WHERE kind = ? AND name = ? AND oid LIKE ?"
+                if found := self.database.execute(query, (repo.kind, repo.name, f"{revision}%")).fetchone():
+                    return str(found[0])
+        raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def refs(self, repo: Repo) -> dict[str, str]:
+        """Full name of each ref, such as `refs/heads/main`, and its commit id."""
+        with self.lock:
+            query = "SELECT ref, oid FROM refs WHERE kind = ? AND name = ? ORDER BY rowid"
+            return dict(self.database.execute(query, (repo.kind, repo.name)).fetchall())
+
+    def add_ref(self, repo: Repo, ref: str, oid: str) -> None:
+        with self.lock:
+            if ref in self.refs(repo):
+                raise HubError(409, f"Reference {ref} exists already")
+            self.database.execute("INSERT INTO refs VALUES (?, ?, ?, ?)", (repo.kind, repo.name, ref, oid))
+
+    def delete_ref(self, repo: Repo, ref: str) -> None:
+        with self.lock:
+            if ref not in self.refs(repo):
+                raise HubError(404, f"Invalid rev id: {ref}", "RevisionNotFound")
+            query = "DELETE FROM refs WHERE kind = ? AND name = ? AND ref = ?"
+            self.database.execute(query, (repo.kind, repo.name, ref))
 
     def tree(self, oid: str) -> dict[str, Entry]:
         with self.lock:
@@ -168,22 +262,40 @@ class Store:
                 oid = parent
         return commits
 
-    def commit(self, repo: Repo, branch: str, lines: list[dict[str, Any]]) -> str:
-        """Apply the client's operations to a branch, all or none; returns the new commit's id."""
+    def commit(self, repo: Repo, branch: str, lines: list[dict[str, Any]], ref: str | None = None) -> str:
+        """Apply the client's operations to a branch, all or none; returns the new commit's id.
+
+        Args:
+            repo: Where.
+            branch: What is committed to.
+            lines: Of the request.
+            ref: Where the commit goes if not to the branch: a pull request's.
+        """
         header = next(line["value"] for line in lines if line["key"] == "header")
+        key = (repo.kind, repo.name)
         with self.lock:
-            head = self.resolve(repo, branch)
-            parent = header.get("parentCommit")
-            if parent and not head.startswith(parent):
-                raise HubError(412, "A commit has happened since. Please refresh and try again.")
-            tree = self.tree(head)
-            for line in lines:
-                self._apply(tree, line["key"], line["value"])
-            return self._commit(repo, branch, head, header["summary"], tree)
+            if key in self._committing:
+                raise HubError(409, "Another commit to this repo is in progress. Please retry.")
+            self._committing.add(key)
+        try:
+            time.sleep(self.commit_takes_s)
+            with self.lock:
+                head = self.resolve(repo, branch)
+                parent = header.get("parentCommit")
+                if parent and not head.startswith(parent):
+                    raise HubError(412, "A commit has happened since. Please refresh and try again.")
+                tree = self.tree(head)
+                for line in lines:
+                    self._apply(tree, line["key"], line["value"])
+                ref = ref or (branch if branch.startswith("refs/") else HEADS + branch)
+                if ref.startswith(HEADS) and ref not in self.refs(repo):
+                    raise HubError(400, f"{branch} is no branch")
+                return self.add_commit(repo, ref, head, header["summary"], tree)
+        finally:
+            with self.lock:
+                self._committing.discard(key)
 
     def _apply(self, tree: dict[str, Entry], key: str, value: dict[str, Any]) -> None:
-        import base64
-
         if key == "file":
             tree[value["path"]] = self.add_file(base64.b64decode(value["content"]))
         elif key == "lfsFile":
@@ -198,14 +310,15 @@ class Store:
         elif key != "header":
             raise HubError(400, f"Unknown operation {key}")
 
-    def _commit(self, repo: Repo, branch: str, parent: str | None, title: str, tree: dict[str, Entry]) -> str:
+    def add_commit(self, repo: Repo, ref: str, parent: str | None, title: str, tree: dict[str, Entry]) -> str:
+        """Put a commit with these files on a ref."""
         text = json.dumps({path: list(vars(entry).values()) for path, entry in sorted(tree.items())})
         now = time.time()
         oid = hashlib.sha1(f"{repo}{parent}{title}{now}{text}".encode()).hexdigest()
         self.database.execute("BEGIN")
         values = (repo.kind, repo.name, oid, parent, title, now, text)
         self.database.execute("INSERT INTO commits VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", values)
-        self.database.execute("INSERT OR REPLACE INTO refs VALUES (?, ?, ?, ?)", (repo.kind, repo.name, branch, oid))
+        self.database.execute("INSERT OR REPLACE INTO refs VALUES (?, ?, ?, ?)", (repo.kind, repo.name, ref, oid))
         self.database.execute("COMMIT")
         return oid
 

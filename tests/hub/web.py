@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 from urllib.parse import unquote
 
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 
-from hub.store import HubError, Repo, Store
+from hub.errors import HubError
+from hub.store import Repo, Store
 
 KINDS = "kind"  # name of the path convertor
+API = f"/api/{{kind:{KINDS}}}/{{namespace}}/{{name}}"  # of a repo
 
 
 class KindConvertor(Convertor[str]):
@@ -45,12 +48,32 @@ def find_repo(request: Request) -> Repo:
     return store.repo(request.path_params.get("kind", "models"), repo_name(request), token_of(request))
 
 
-def authorized(request: Request, name: str) -> None:
-    """Refuse those who may look but not write."""
-    if not request.app.state.store.may_write(token_of(request), name):
+def writable(request: Request) -> Repo:
+    """The repo of a path, if the token may write to it."""
+    repo = find_repo(request)
+    if not request.app.state.store.may_write(token_of(request), repo):
         if token_of(request) is None:
             raise HubError(401, "Invalid username or password.")
         raise HubError(403, "Forbidden: you must have write access to this repo")
+    return repo
+
+
+def readable(request: Request) -> Repo:
+    """The repo of a path, if the token may see its files."""
+    repo = find_repo(request)
+    request.app.state.store.check_gate(repo, token_of(request))
+    return repo
+
+
+def web_url(request: Request, repo: Repo, *parts: str) -> str:
+    """Address of a repo's page."""
+    prefix = [] if repo.kind == "models" else [repo.kind]
+    return "/".join([str(request.base_url).rstrip("/"), *prefix, repo.name, *parts])
+
+
+def when(moment: float) -> str:
+    """A moment as the Hub writes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment)) + f".{int(moment * 1000) % 1000:03d}Z"
 
 
 def revision_of(request: Request) -> str:
