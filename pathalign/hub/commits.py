@@ -22,7 +22,8 @@ from pathalign.schema import InputError
 
 MANIFEST = "pathalign.json"
 RETRIED_STATUS = (408, 409, 412, 425, 429)  # and all from 500 on
-PATIENCE_S = 600.0
+PATIENCE_S = 600.0  # with a Hub that answers: its rate limits last up to five minutes
+UNREACHABLE_PATIENCE_S = 60.0
 LONGEST_WAIT_S = 30.0
 Result = TypeVar("Result")
 
@@ -191,7 +192,7 @@ class HubRepo:
         """Make a call until it goes well.
 
         Raises:
-            InputError: If it cannot, or does not within `PATIENCE_S`.
+            InputError: If it cannot, or does not within `PATIENCE_S`; sooner if nobody answers.
         """
         started, tries = time.monotonic(), 0
         while True:
@@ -201,11 +202,14 @@ class HubRepo:
                 raise
             except Exception as error:
                 if type(error) is ValueError:  # how the client says that the Hub found fault with the card
-                    raise InputError(f"The Hub does not take the card of {self.repo_id}: {error}") from error
+                    raise InputError(
+                        f"The Hub does not take the card of {self.repo_id}: {_faults(str(error))}"
+                    ) from error
                 wait_s = waiting_time_s(error, tries)
-                if wait_s is None or time.monotonic() - started + wait_s > PATIENCE_S:
+                patience_s = PATIENCE_S if _answer(error) is not None else UNREACHABLE_PATIENCE_S
+                if wait_s is None or time.monotonic() - started + wait_s > patience_s:
                     raise explained(error, self.repo_id, self.repo_type) from error
-                say(f"The Hub did not take it ({_reason(error)}); trying again in {wait_s:.1f} s.")
+                say(f"The Hub did not take it ({_reason(error)}); trying again in {wait_s:.0f} s.")
                 time.sleep(wait_s)
                 tries += 1
 
@@ -266,15 +270,17 @@ def git_hash(content: bytes) -> str:
 
 def waiting_time_s(error: BaseException, tries: int) -> float | None:
     """Before the next try: what the Hub asks for, else longer each time; None if it would be in vain."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     backoff = min(LONGEST_WAIT_S, 0.5 * 2**tries) * random.uniform(0.5, 1.5)
+    answer = _answer(error)
+    if answer is not None:
+        if answer.status_code not in RETRIED_STATUS and answer.status_code < 500:
+            return None
+        return max(backoff, _asked_for_s(answer.headers))
     for cause in _causes(error):
-        if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            if status not in RETRIED_STATUS and status < 500:
-                return None
-            return max(backoff, _asked_for_s(cause.response.headers))
+        if isinstance(cause, OfflineModeIsEnabled):
+            return None
         cut = type(cause).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
         if cut or isinstance(cause, ConnectionError | TimeoutError | json.JSONDecodeError):
             return backoff
@@ -300,10 +306,21 @@ def _asked_for_s(headers: Mapping[str, str]) -> float:
     return float(limit.reset_in_seconds) + 1 if limit and limit.remaining == 0 else 0.0
 
 
-def _reason(error: BaseException) -> str:
+def _faults(text: str) -> str:
+    """What the Hub has against a card, out of its JSON."""
+    try:
+        return "; ".join(str(entry["message"]) for entry in json.loads(text)["errors"])
+    except (ValueError, LookupError, TypeError):
+        return text
+
+
+def _answer(error: BaseException) -> Any:
+    """The Hub's answer that an error is about, if it answered."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for cause in _causes(error):
-        if isinstance(cause, HfHubHTTPError):
-            return str(cause.response.status_code)
-    return type(error).__name__
+    return next((cause.response for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
+
+
+def _reason(error: BaseException) -> str:
+    answer = _answer(error)
+    return str(answer.status_code) if answer is not None else type(error).__name__
