@@ -24,7 +24,7 @@ SHORTENED = (".json", ".jsonl", ".yaml", ".yml", ".csv", ".html")  # where a pat
 _ROOTS = "home|Users|root|mnt|media|tmp|var|data|work|workspace|scratch|opt|srv|private|Volumes|content|gpfs|nfs|lustre"
 _REST = r"[^\s\"'<>|,;:)\]}]"
 PATHS = re.compile(
-    rf"(?<![\w:/.+=-])/(?:{_ROOTS})/{_REST}+|file://{_REST}+|(?<![\w/])~/{_REST}+|\b[A-Za-z]:\\{{1,2}}{_REST}+"
+    rf"(?<![\w/.+])/(?:{_ROOTS})/{_REST}+|file://{_REST}+|(?<![\w/])~/{_REST}+|\b[A-Za-z]:\\{{1,2}}{_REST}+"
 )
 TOKENS = re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{16,}\b")
 ADDRESSES = re.compile(r"[A-Za-z0-9][\w.+-]*@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}\b")
