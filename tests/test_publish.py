@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 from hub import HubServer, serve
 from hub.faults import Fault
@@ -33,6 +34,10 @@ from publications import (
     record,
     write_json,
 )
+from tiny_stable_diffusion import save_tiny_stable_diffusion
+
+from pathalign.diffusion import lora
+from pathalign.diffusion.loading import load_base
 
 pytestmark = pytest.mark.hub
 TYPES = ("models", "datasets", "spaces")
@@ -138,13 +143,38 @@ def test_the_snippets_of_all_cards_run_on_a_machine_that_knows_only_the_hub(hub,
         (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
         result = {"base": "images", "adapter": "images", "reward": "rewards"}.get(name, "candidates")
         code += f"{snippet}\nprint({name!r}, len({result}))\n"
+    publisher.made(stable_diffusion_adapter(hub, tmp_path), "lab/words")
+    card = content(hub, "models", "lab/words")["README.md"].decode()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code += f"{snippet}\nprint('words', len(images))\n"
     code += "print(len(grades), grades[0]['grader'], agreement['measure'][0])\n"
     variables = environment(hub, tmp_path / "other")
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert lines[:4] == ["base 4", "reward 4", "adapter 4", "candidates 30"]
-    assert lines[4:] == ["grades 1", "feedback 3", "90 reader-1 krippendorff_alpha"]
+    assert lines[4:] == ["grades 1", "feedback 3", "words 4", "90 reader-1 krippendorff_alpha"]
+
+
+def stable_diffusion_adapter(hub: HubServer, place: Path) -> Path:
+    """An adapter on a Stable Diffusion that somebody uploaded to `lab/diffusion`."""
+    save_tiny_stable_diffusion(place / "diffusion")
+    upload(hub, place, place / "diffusion", "lab/diffusion")
+    pipeline = load_base(str(place / "diffusion"), class_names=["red cell", "blue cell"])
+    lora.attach(pipeline.unet, 2, 2.0, False, torch.Generator().manual_seed(0))
+    (place / "words").mkdir()
+    lora.save(pipeline.unet, place / "words")
+    config = {"base_model": "lab/diffusion", "base_revision": None, "prompt": "an image of a {class_name}"}
+    metrics = {"class_names": ["red cell", "blue cell"], "grading": {"simulated": False, "functions": ["score:red"]}}
+    record(place / "words", "align", config=config, inputs={"base_model": "lab/diffusion"}, metrics=metrics)
+    return place / "words"
+
+
+def upload(hub: HubServer, place: Path, folder: Path, name: str) -> None:
+    """What `hf upload` does."""
+    code = f"from huggingface_hub import HfApi; api = HfApi(); api.create_repo({name!r})\n"
+    code += f"api.upload_folder(repo_id={name!r}, folder_path={str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], env=environment(hub, place), check=True, capture_output=True)
 
 
 def test_a_dry_run_makes_all_checks_prints_the_plan_and_changes_nothing(hub, publisher, originals, tmp_path):
@@ -204,9 +234,7 @@ def test_what_is_something_else_is_not_replaced(hub, publisher, originals, tmp_p
 
 
 def test_the_base_of_an_adapter_is_known_by_its_content_also_after_a_plain_upload(hub, publisher, originals, tmp_path):
-    code = "from huggingface_hub import HfApi; a = HfApi(); a.create_repo('lab/plain')\n"
-    code += f"a.upload_folder(repo_id='lab/plain', folder_path={str(originals['base'])!r})"
-    subprocess.run([sys.executable, "-c", code], env=environment(hub, tmp_path), check=True, capture_output=True)
+    upload(hub, tmp_path, originals["base"], "lab/plain")
     made = publisher.made(originals["adapter"], "lab/adapter", "--base-model", "lab/plain")
     files = content(hub, "models", "lab/adapter")
     data = front_matter(files["README.md"])
@@ -412,9 +440,12 @@ def test_grades_go_with_the_images_and_the_agreement_that_belong_to_them(hub, pu
     run = json.loads((lost / "run.json").read_text())
     write_json(lost / "run.json", run | {"config": run["config"] | {"grades": "/nowhere/grades"}})
     assert "are not at /nowhere/grades; name them with `--grades`" in publisher.refused(lost, "lab/feedback")
-    other = make_grades(tmp_path / "other", originals["candidates"], ("reader-1", "reader-9"))
+    other = make_grades(tmp_path / "grades", originals["candidates"], ("reader-1", "reader-9"))
     assert "does not hold the grades that" in publisher.refused(lost, "lab/feedback", "--grades", other)
     made = publisher.made(lost, "lab/feedback", "--grades", originals["grades"])
+    shutil.rmtree(tmp_path / "grades")
+    shutil.copytree(originals["grades"], tmp_path / "grades")  # the run was moved as a whole: they lie beside it
+    assert publisher.made(lost, "lab/feedback")["changed"] is False
     files = content(hub, "datasets", "lab/feedback")
     agreement = pyarrow.parquet.read_table(io.BytesIO(files["feedback/agreement.parquet"])).to_pylist()
     report = json.loads((originals["feedback"] / "agreement.json").read_text())

@@ -125,6 +125,7 @@ def _figures(kind: CardKind, report: Mapping[str, Any]) -> dict[str, Any]:
         "n_own": figures.get("n"),
         "authenticity": measures.number(figures, "authenticity"),
         "reward_table": [(title, measures.number(figures, key)) for key, title in measures.REWARD_MEASURES.items()],
+        "confidence": report.get("confidence"),
         "worse": report.get("worse"),
         "simulated_judge": report.get("simulated", False),
         "phantom": report.get("phantom", False),

@@ -52,6 +52,7 @@ def report_card(
         measured_on=measured_on,
         headline=report.get("headline"),
         image_table=measures.image_table(report.get("metrics") or {}, tuple(measures.COLUMNS)),
+        confidence=report.get("confidence"),
         worse=report.get("worse"),
         simulated_judge=report.get("simulated", False),
         phantom=report.get("phantom", False),

@@ -85,8 +85,8 @@ def _grades(artefact: Artefact, config: PublishConfig) -> CurrentGrades:
     """The grades that stand."""
     if artefact.record.stage != "feedback":
         return current_grades(read_grades(artefact.folder))
-    source = config.grades or str(artefact.record.config["grades"])
-    if not Path(source).exists():
+    source = Path(config.grades) if config.grades else artefact.input_folder("grades")
+    if not source.exists():
         raise InputError(
             f"The grades that {artefact.folder} was made of are not at {source}; name them with `--grades`."
         )
@@ -113,8 +113,9 @@ def _simulated(grades: Sequence[Grade]) -> dict[str, Any]:
 def _candidates(artefact: Artefact, config: PublishConfig) -> ImageSet:
     """The images that were graded."""
     inside = artefact.folder if (artefact.folder / _data("train")).is_file() else None
-    source = config.candidates or inside or artefact.record.config.get("candidates")
-    if not source:
+    recorded = artefact.input_folder("candidates") if artefact.record.config.get("candidates") else None
+    source = config.candidates or inside or recorded
+    if source is None:
         raise InputError(
             f"{artefact.folder} has no images, and its record does not say which were graded; name them with "
             "`--candidates`."

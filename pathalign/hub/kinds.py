@@ -65,6 +65,10 @@ class Artefact:
         """Hash of its files as other run records name it."""
         return fingerprint(self.folder)
 
+    def input_folder(self, setting: str) -> Path:
+        """Where an input of its run lies: where the record says, else beside it, if the run was moved."""
+        return moved(Path(str(self.record.config.get(setting))), self.folder)
+
 
 def recognise(folder: str | Path) -> Artefact:
     """Tell what a folder is by its run record and its files.
@@ -87,6 +91,12 @@ def recognise(folder: str | Path) -> Artefact:
     if missing := [pattern for pattern in kind.needs if not any(folder.glob(pattern))]:
         raise InputError(f"{folder} says that it is a {kind.name}, but has no {', '.join(missing)}; make it again.")
     return Artefact(folder, kind, record)
+
+
+def moved(recorded: Path, beside: Path) -> Path:
+    """A recorded folder, or the one of its name beside another folder of the same run if only that is there."""
+    neighbour = beside.resolve().parent / recorded.name
+    return neighbour if neighbour.exists() and not recorded.exists() else recorded
 
 
 def kind_of_stage(stage: str) -> Kind | None:

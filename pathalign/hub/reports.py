@@ -11,7 +11,7 @@ from typing import Any
 
 from pathalign.artefacts import fingerprint
 from pathalign.cards import MeasuredOn, Sheet
-from pathalign.hub.kinds import Artefact
+from pathalign.hub.kinds import Artefact, moved
 from pathalign.schema import InputError, RunRecord
 
 SHEETS = {"before": "Samples of the base model", "after": "Samples of the aligned model"}
@@ -44,7 +44,7 @@ def report_of(artefact: Artefact, folder: str, dataset: str | None = None) -> Re
             f"{folder} is no evaluation but of the stage {record.stage!r}; give what `pathalign evaluate` made."
         )
     name, column = ("model", "before") if artefact.kind.name == "base" else ("adapter", "after")
-    measured = record.inputs.get(name) or _sampled_from(record, column).get(name)
+    measured = record.inputs.get(name) or _sampled_from(place, record, column).get(name)
     if measured is None:
         raise InputError(
             f"Nothing tells which {name} {folder} measured: its samples {record.config.get(column)} are gone. "
@@ -61,9 +61,9 @@ def report_of(artefact: Artefact, folder: str, dataset: str | None = None) -> Re
     return Report(place, metrics, record)
 
 
-def _sampled_from(record: RunRecord, column: str) -> dict[str, str]:
+def _sampled_from(report: Path, record: RunRecord, column: str) -> dict[str, str]:
     """Inputs of the samples that were measured, if they still are what they were."""
-    folder = Path(str(record.config.get(column)))
+    folder = moved(Path(str(record.config.get(column))), report)
     if not (folder / RunRecord.FILE_NAME).is_file() or fingerprint(folder) != record.inputs.get(column):
         return {}
     return RunRecord.load(folder).inputs
