@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -83,6 +85,16 @@ def test_weights_with_a_path_in_their_metadata_are_refused(tmp_path: Path):
     save_file({"a": np.zeros(2)}, tmp_path / "model.safetensors", metadata={"from": "/home/ada/x"})
     (problem,) = privacy.problems_of_file(tmp_path / "model.safetensors", "model.safetensors", None)
     assert "a path of a machine" in problem and "ada" not in problem
+
+
+def test_what_only_looks_like_a_picture_is_refused(tmp_path: Path):
+    (tmp_path / "scan.png").write_bytes(picture("TIFF", tiffinfo={315: "Ada Lovelace"}))
+    (problem,) = privacy.problems_of_file(tmp_path / "scan.png", "scan.png", None)
+    assert "neither PNG nor JPEG" in problem
+    rows = pa.array([{"bytes": picture("TIFF"), "path": None}], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pyarrow.parquet.write_table(pa.table({"image": rows}), tmp_path / "a.parquet")
+    (problem,) = privacy.problems_of_file(tmp_path / "a.parquet", "a.parquet", None)
+    assert "column image: 1 pictures are neither" in problem
 
 
 def test_only_pseudonyms_pass_as_graders():

@@ -34,7 +34,7 @@ PSEUDONYMS = re.compile(
     r"(?:[-_](?:[0-9a-f]{8}|\d{1,6}|[a-z]))*",
     re.IGNORECASE,
 )
-_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _PNG_CHUNKS = {
     b"IHDR",
     b"PLTE",
@@ -90,7 +90,11 @@ def problems_of_file(path: Path, name: str, secret: str | None) -> list[str]:
     if suffix == ".parquet":
         return _problems_of_table(path, name, secret)
     if suffix in PICTURES:
-        return []
+        return (
+            []
+            if _readable(path.read_bytes())
+            else [f"{name}: is neither PNG nor JPEG, so that nobody knows what is in it"]
+        )
     return [f"{name}: nobody here knows what is in a {suffix or 'file without a suffix'}; move it out of the folder"]
 
 
@@ -133,7 +137,12 @@ def without_metadata(picture: bytes) -> bytes:
     """
     if picture.startswith(_PNG):
         return _plain_png(picture)
-    return _plain_jpeg(picture) if picture.startswith(b"\xff\xd8") else picture
+    return _plain_jpeg(picture) if picture.startswith(_JPEG) else picture
+
+
+def _readable(picture: bytes) -> bool:
+    """Whether `without_metadata` knows what is in it."""
+    return picture.startswith((_PNG, _JPEG))
 
 
 def _plain_png(picture: bytes) -> bytes:
@@ -189,7 +198,7 @@ def _clean_table(path: Path) -> list[str]:
     table = pyarrow.parquet.read_table(path)
     done: set[str] = set()
     for index, field in enumerate(table.schema):
-        if pyarrow.types.is_struct(field.type) and {"bytes", "path"} <= {part.name for part in field.type}:
+        if _is_picture(field.type):
             rows = table.column(index).to_pylist()
             plain = [
                 row and {**row, "bytes": row["bytes"] and without_metadata(row["bytes"]), "path": None} for row in rows
@@ -209,6 +218,13 @@ def _clean_table(path: Path) -> list[str]:
     return sorted(done)
 
 
+def _is_picture(kind: Any) -> bool:
+    """Whether a column's type is that of `datasets.Image`."""
+    import pyarrow
+
+    return pyarrow.types.is_struct(kind) and {"bytes", "path"} <= {part.name for part in kind}
+
+
 def _problems_of_table(path: Path, name: str, secret: str | None) -> list[str]:
     import pyarrow
     import pyarrow.parquet
@@ -222,6 +238,10 @@ def _problems_of_table(path: Path, name: str, secret: str | None) -> list[str]:
     for index, field in enumerate(table.schema):
         text = io.StringIO()
         kind = field.type.value_type if pyarrow.types.is_list(field.type) else field.type
+        if _is_picture(field.type):
+            rows = [row["bytes"] for row in table.column(index).to_pylist() if row and row["bytes"]]
+            if odd := sum(not _readable(row) for row in rows):
+                found.append(f"{name}, column {field.name}: {odd} pictures are neither PNG nor JPEG")
         if pyarrow.types.is_string(kind):
             for row in table.column(index).to_pylist():
                 text.write(f"{row}\n")

@@ -81,13 +81,14 @@ def copy_sheets(report: Report, columns: Sequence[str], place: Path) -> list[She
     return sheets
 
 
-def measured_on(given: str | None, record: RunRecord, name: str) -> MeasuredOn:
+def measured_on(given: str | None, record: RunRecord, name: str, beside: Path) -> MeasuredOn:
     """The dataset that figures were measured on: the one that was given, else the one that records name.
 
     Args:
         given: `OWNER/NAME@REVISION`, or nothing.
         record: Of the evaluation or the reward model.
         name: Its setting that names the images, `data` or `feedback`.
+        beside: Folder of that record.
     """
     if given:
         dataset, _, revision = given.partition("@")
@@ -95,7 +96,7 @@ def measured_on(given: str | None, record: RunRecord, name: str) -> MeasuredOn:
     source, known = str(record.config.get(name)), record.inputs.get(name, "")
     if known.split("@")[0] == source:  # a Hub id, or one with its revision: only folders have a fingerprint
         return MeasuredOn(source, record.config.get(f"{name}_revision"))
-    folder = Path(source)
+    folder = moved(Path(source), beside)
     if (folder / RunRecord.FILE_NAME).is_file() and fingerprint(folder) == known:
         prepared = RunRecord.load(folder)
         origin = str(prepared.config.get("source", ""))

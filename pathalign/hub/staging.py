@@ -109,7 +109,10 @@ def _copy(artefact: Artefact, staged: Staged, *paths: Path, names: dict[str, str
         name = path.relative_to(artefact.folder).as_posix()
         target = staged.place / (names or {}).get(name, name)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        if path.suffix == ".safetensors":
+            target.symlink_to(path.resolve())  # large, and never changed by cleaning
+        else:
+            shutil.copyfile(path, target)
 
 
 def _write_eval_results(staged: Staged, measured: list[measures.Measure], on: MeasuredOn, date: str) -> None:
@@ -148,9 +151,9 @@ def _measured(artefact: Artefact, config: PublishConfig, staged: Staged, columns
     """Figures and sheets of `--report`."""
     if config.report is None:
         staged.checks.append("no report: the card says that nothing was measured")
-        return _Measured(None, reports.measured_on(config.dataset, artefact.record, "data"), [])
+        return _Measured(None, reports.measured_on(config.dataset, artefact.record, "data", artefact.folder), [])
     report = reports.report_of(artefact, config.report, config.dataset)
-    on = reports.measured_on(config.dataset, report.record, "data")
+    on = reports.measured_on(config.dataset, report.record, "data", report.folder)
     staged.checks.append(f"{config.report} measured this {artefact.kind.name}")
     kind: cards.CardKind = "lora_adapter" if artefact.kind.name == "adapter" else "diffusion_base"
     _write_eval_results(staged, cards.own_measures(kind, report.metrics), on, report.record.finished_at)
@@ -209,7 +212,7 @@ def _reward(artefact: Artefact, repo_id: str, config: PublishConfig, terms: Term
     staged.facts["class_names"] = model["class_names"]
     _copy(artefact, staged)
     figures = json.loads((artefact.folder / "evaluation.json").read_text())
-    on = reports.measured_on(config.dataset, artefact.record, "feedback")
+    on = reports.measured_on(config.dataset, artefact.record, "feedback", artefact.folder)
     _write_eval_results(staged, cards.own_measures("reward_model", figures), on, artefact.record.finished_at)
     return lambda record: cards.render(
         "reward_model", record, figures, grading=Grading(**model["grading"]), class_names=model["class_names"],
@@ -252,7 +255,7 @@ def _report(artefact: Artefact, repo_id: str, config: PublishConfig, terms: Term
     _copy(artefact, staged, names={"report.html": "index.html"})
     metrics = json.loads((artefact.folder / "metrics.json").read_text())
     staged.n_real = 0 if metrics.get("phantom") else metrics["metrics"]["real"]["n"]
-    on = reports.measured_on(config.dataset, artefact.record, "data")
+    on = reports.measured_on(config.dataset, artefact.record, "data", artefact.folder)
     return lambda record: cards.report_card(record, metrics, repo_id=repo_id, terms=terms, measured_on=on)
 
 
