@@ -36,6 +36,7 @@ from publications import (
 )
 from tiny_stable_diffusion import save_tiny_stable_diffusion
 
+from pathalign.artefacts import fingerprint
 from pathalign.diffusion import lora
 from pathalign.diffusion.loading import load_base
 
@@ -373,8 +374,13 @@ def test_a_tag_stays_where_it_is(hub, publisher, originals, tmp_path):
 
 def test_figures_are_the_reports_own_in_table_front_matter_and_eval_results(hub, publisher, originals, tmp_path):
     publisher.made(originals["base"], "lab/base")
-    call = [originals["adapter"], "lab/adapter", *EXTRA["adapter"], "--dataset", "lab/cells@v3", "--license", "mit"]
-    publisher.made(*call, "--report", originals["evaluation"])
+    hub.store.create("datasets", "lab/cells")
+    cells = hub.store.repo("datasets", "lab/cells", hub.token)
+    hub.store.add_ref(cells, "refs/tags/v3", hub.store.resolve(cells, "main"))
+    call = [originals["adapter"], "lab/adapter", *EXTRA["adapter"], "--report", originals["evaluation"]]
+    assert "has no revision 'v4'" in publisher.refused(*call, "--dataset", "lab/cells@v4")
+    assert "The dataset 'lab/absent' on" in publisher.refused(*call, "--dataset", "lab/absent@v3")
+    publisher.made(*call, "--dataset", "lab/cells@v3", "--license", "mit")
     files = content(hub, "models", "lab/adapter")
     data = front_matter(files["README.md"])
     (result,) = data["model-index"][0]["results"]
@@ -396,6 +402,23 @@ def test_figures_are_the_reports_own_in_table_front_matter_and_eval_results(hub,
     assert data["widget"][0]["output"]["url"] == "images/samples_after.png"
     assert "- recall: 0.61 to 0.57" in card and "no near-copy of one: not measured" in card
     assert "Criteria: nucleus." in card and "| 90 | 3 | 0.7 |" in card
+
+
+def test_a_rewards_figures_name_the_feedback_that_they_were_measured_on_and_no_other(
+    hub, publisher, originals, tmp_path
+):
+    feedback = publisher.made(originals["feedback"], "lab/feedback")
+    call = [make_reward(tmp_path / "reward"), "lab/reward", "--dataset", f"lab/feedback@{feedback['commit']}"]
+    assert "The figures were not measured on lab/feedback@" in publisher.refused(*call)
+    inputs = {"feedback": fingerprint(originals["feedback"])}
+    record(tmp_path / "reward", "reward", config={"feedback": str(originals["feedback"])}, inputs=inputs)
+    publisher.made(*call)
+    files = content(hub, "models", "lab/reward")
+    entries = yaml.safe_load(files[".eval_results/pathalign.yaml"])
+    (result,) = front_matter(files["README.md"])["model-index"][0]["results"]
+    assert result["dataset"]["revision"] == entries[0]["dataset"]["revision"] == feedback["commit"]
+    assert [entry["value"] for entry in entries] == [metric["value"] for metric in result["metrics"]] == [0.913, 0.04]
+    assert f"`lab/feedback`, revision {feedback['commit']}." in files["README.md"].decode()
 
 
 def test_a_report_about_something_else_is_refused(hub, publisher, originals, tmp_path):

@@ -88,6 +88,23 @@ class HubRepo:
         """What it holds now; None if there is no such repo, or the token may not see it."""
         return self.again(self._head)
 
+    def manifest(self, revision: str | None) -> dict[str, Any]:
+        """What `pathalign publish` says of itself at a revision; empty if something else is there.
+
+        Raises:
+            InputError: If there is no such repo or revision.
+        """
+        from huggingface_hub.errors import EntryNotFoundError
+
+        def read() -> dict[str, Any]:
+            self.api.repo_info(self.repo_id, repo_type=self.repo_type, revision=revision)
+            try:
+                return self._json(MANIFEST, revision)
+            except EntryNotFoundError:
+                return {}
+
+        return self.again(read, revision)
+
     def exists_as(self, repo_type: str) -> bool:
         """Whether a repo of this name is there as another type."""
         return self.again(lambda: self.api.repo_exists(self.repo_id, repo_type=repo_type))
@@ -188,8 +205,8 @@ class HubRepo:
         refs = self.again(lambda: self.api.list_repo_refs(self.repo_id, repo_type=self.repo_type))
         return next((tag.target_commit for tag in refs.tags if tag.name == name), None)
 
-    def again(self, call: Callable[[], Result]) -> Result:
-        """Make a call until it goes well.
+    def again(self, call: Callable[[], Result], revision: str | None = None) -> Result:
+        """Make a call until it goes well; `revision` is for the error if there is no such one.
 
         Raises:
             InputError: If it cannot, or does not within `PATIENCE_S`; sooner if nobody answers.
@@ -208,7 +225,7 @@ class HubRepo:
                 wait_s = waiting_time_s(error, tries)
                 patience_s = PATIENCE_S if _answer(error) is not None else UNREACHABLE_PATIENCE_S
                 if wait_s is None or time.monotonic() - started + wait_s > patience_s:
-                    raise explained(error, self.repo_id, self.repo_type) from error
+                    raise explained(error, self.repo_id, self.repo_type, revision) from error
                 say(f"The Hub did not take it ({_reason(error)}); trying again in {wait_s:.0f} s.")
                 time.sleep(wait_s)
                 tries += 1
@@ -231,7 +248,7 @@ class HubRepo:
         record = self._json("run.json", commit) if "run.json" in files else {}
         return Head(commit, bool(info.private), files, manifest, record.get("stage"))
 
-    def _json(self, path: str, commit: str) -> dict[str, Any]:
+    def _json(self, path: str, commit: str | None) -> dict[str, Any]:
         """A JSON file of a commit; empty if it is no mapping."""
         try:
             content = json.loads(self._download(path, commit).read_text())
@@ -239,7 +256,7 @@ class HubRepo:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def _download(self, path: str, commit: str) -> Path:
+    def _download(self, path: str, commit: str | None) -> Path:
         return Path(self.api.hf_hub_download(self.repo_id, path, repo_type=self.repo_type, revision=commit))
 
     def _unchanged(self, head: Head, path: str, sha256: str) -> bool:

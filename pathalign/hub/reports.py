@@ -11,6 +11,7 @@ from typing import Any
 
 from pathalign.artefacts import fingerprint
 from pathalign.cards import MeasuredOn, Sheet
+from pathalign.hub.commits import HubRepo
 from pathalign.hub.kinds import Artefact, moved
 from pathalign.schema import InputError, RunRecord
 
@@ -89,11 +90,13 @@ def measured_on(given: str | None, record: RunRecord, name: str, beside: Path) -
         record: Of the evaluation or the reward model.
         name: Its setting that names the images, `data` or `feedback`.
         beside: Folder of that record.
+
+    Raises:
+        InputError: If the dataset that was given is not on the Hub, or is known to hold something else.
     """
-    if given:
-        dataset, _, revision = given.partition("@")
-        return MeasuredOn(dataset, revision or None, stated=True)
     source, known = str(record.config.get(name)), record.inputs.get(name, "")
+    if given:
+        return _stated(given, known)
     if known.split("@")[0] == source:  # a Hub id, or one with its revision: only folders have a fingerprint
         return MeasuredOn(source, record.config.get(f"{name}_revision"))
     folder = moved(Path(source), beside)
@@ -104,3 +107,16 @@ def measured_on(given: str | None, record: RunRecord, name: str, beside: Path) -
         if origin.count("/") == 1 and len(prepared.inputs.get("source", "")) == 40:
             return MeasuredOn(origin, prepared.inputs["source"])
     return MeasuredOn()
+
+
+def _stated(given: str, known: str) -> MeasuredOn:
+    """A dataset that the publisher names. What `pathalign publish` put there can be compared, else it is their word."""
+    dataset, _, revision = given.partition("@")
+    manifest = HubRepo(dataset, "dataset").manifest(revision or None)
+    found = manifest.get("fingerprint")
+    if found not in (None, known):
+        raise InputError(
+            f"The figures were not measured on {given}, which holds {manifest.get('kind')} of the fingerprint {found}, "
+            f"but on images of the fingerprint {known}; give the dataset that holds those."
+        )
+    return MeasuredOn(dataset, revision or None, stated=found is None)

@@ -21,6 +21,7 @@ from pathalign.schema import InputError, RunRecord
 from pathalign.settings.publish import PublishConfig
 
 CARD, RECORD = "README.md", RunRecord.FILE_NAME
+SHOWN = 5  # names of files in a sentence
 
 
 @dataclass
@@ -238,17 +239,15 @@ def _feedback(artefact: Artefact, repo_id: str, config: PublishConfig, terms: Te
         raise refused(artefact.folder, problems)
     staged.checks.append(f"graders, by pseudonyms only: {parts.agreement['n_graders']}")
     staged.checks.append("comments go along: read them first" if config.comments else "comments stay here")
-    if staying := [path.name for path in own_files(artefact.folder) if not _goes(path, staged)]:
-        staged.checks.append(f"other files stay here: {', '.join(sorted(staying))}")
+    names = [path.relative_to(artefact.folder).as_posix() for path in own_files(artefact.folder)]
+    if staying := [name for name in names if name not in staged.files]:
+        more = f" and {len(staying) - SHOWN} more" if len(staying) > SHOWN else ""
+        staged.checks.append(f"other files stay here: {', '.join(staying[:SHOWN])}{more}")
     counts = _count_images(staged)
     return lambda record: cards.feedback_card(
         record, parts.agreement, configs=parts.configs, counts=counts, criteria=parts.criteria, repo_id=repo_id,
         terms=terms, n_real=staged.n_real, comments=config.comments,
     )  # fmt: skip
-
-
-def _goes(path: Path, staged: Staged) -> bool:
-    return any(staged.place.rglob(path.name))
 
 
 def _report(artefact: Artefact, repo_id: str, config: PublishConfig, terms: Terms, staged: Staged) -> CardWriter:
