@@ -134,6 +134,15 @@ def test_a_reward_model_shows_its_held_out_figures(record):
     assert (row(card, "ROC AUC"), row(card, "Brier score")) == (["0.913 (0.87 to 0.95)"], [NOT_MEASURED])
 
 
+def test_a_reward_models_figures_say_whose_grades_they_are_against_and_terms_do_not_break_the_table(record):
+    report = {"overall": {"n": 160, "roc_auc": 0.913}}
+    for grading, title in ((SIMULATED, "ROC AUC, against simulated grades"), (Grading(simulated=False), "ROC AUC")):
+        card = render("reward_model", record, report, grading=grading, terms=Terms(consent="research\nor | teaching"))
+        (entry,) = front_matter(card)["model-index"][0]["results"][0]["metrics"]
+        assert (entry["name"], entry["value"], entry["args"]) == (title, 0.913, {"n": 160})
+        assert "| not stated | not stated | research or \\| teaching |" in card
+
+
 def test_who_graded_is_read_from_the_feedback_datasets_agreement():
     agreement = {"simulated": True, "n_grades": 90, "n_graders": 3, "krippendorff_alpha": {"value": 0.7, "n": 30}}
     assert Grading.from_agreement(agreement) == Grading(True, 90, 3, 0.7)

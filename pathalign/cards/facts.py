@@ -98,6 +98,6 @@ def fill(template: str, **values: Any) -> str:
     )
     environment.globals.update(
         known=lambda value: NOT_MEASURED if value is None else value,
-        stated=lambda value: NOT_STATED if value is None else value,
+        stated=lambda value: NOT_STATED if value is None else " ".join(str(value).split()).replace("|", "\\|"),
     )
     return environment.get_template(template).render(**values)

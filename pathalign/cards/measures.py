@@ -70,9 +70,11 @@ def image_measures(figures: Mapping[str, Any], simulated_judge: bool) -> list[Me
     return _measures(figures, titles, lambda key: "n" if key in OF_ALL_IMAGES else "n_fidelity")
 
 
-def reward_measures(figures: Mapping[str, Any]) -> list[Measure]:
+def reward_measures(figures: Mapping[str, Any], simulated_graders: bool) -> list[Measure]:
     """The measured ones of a reward model's `evaluation.json`, overall."""
-    return _measures(figures, REWARD_MEASURES, lambda key: "n")
+    against = ", against simulated grades" if simulated_graders else ""
+    titles = {key: f"{title}{against}" for key, title in REWARD_MEASURES.items()}
+    return _measures(figures, titles, lambda key: "n")
 
 
 def _measures(figures: Mapping[str, Any], titles: Mapping[str, str], count: Any) -> list[Measure]:

@@ -81,7 +81,7 @@ def render(
     on_hub = base_model is not None and is_repo_id(base_model)
     report, measured_on = report or {}, measured_on or MeasuredOn()
     task = "text-to-image" if prompts else PIPELINE_TAG[kind]
-    results = measures.model_index(own_measures(kind, report), task, measured_on)
+    results = measures.model_index(own_measures(kind, report, grading), task, measured_on)
     metadata = ModelCardData(
         license=terms.license,
         library_name=LIBRARY[kind],
@@ -139,14 +139,12 @@ def own_figures(kind: CardKind, report: Mapping[str, Any]) -> Mapping[str, Any]:
     return (report.get("metrics") or {}).get(SHOWN_SET[kind]) or {}
 
 
-def own_measures(kind: CardKind, report: Mapping[str, Any]) -> list[measures.Measure]:
-    """The model's own measured figures, which its front matter and `.eval_results` hold."""
+def own_measures(kind: CardKind, report: Mapping[str, Any], grading: Grading | None = None) -> list[measures.Measure]:
+    """The model's own measured figures, which its front matter and `.eval_results` hold; arguments as for `render`."""
     figures = own_figures(kind, report)
-    return (
-        measures.reward_measures(figures)
-        if kind == "reward_model"
-        else measures.image_measures(figures, bool(report.get("simulated")))
-    )
+    if kind == "reward_model":
+        return measures.reward_measures(figures, simulated_graders=grading is not None and grading.simulated)
+    return measures.image_measures(figures, simulated_judge=bool(report.get("simulated")))
 
 
 def write_card(

@@ -210,13 +210,14 @@ def _reward(artefact: Artefact, repo_id: str, config: PublishConfig, terms: Term
     model = json.loads((artefact.folder / "config.json").read_text())
     if not model.get("grading"):
         raise InputError(f"{artefact.folder} does not say who graded what it learned from; train it again.")
+    grading = Grading(**model["grading"])
     staged.facts["class_names"] = model["class_names"]
     _copy(artefact, staged)
     figures = json.loads((artefact.folder / "evaluation.json").read_text())
     on = reports.measured_on(config.dataset, artefact.record, "feedback", artefact.folder)
-    _write_eval_results(staged, cards.own_measures("reward_model", figures), on, artefact.record.finished_at)
+    _write_eval_results(staged, cards.own_measures("reward_model", figures, grading), on, artefact.record.finished_at)
     return lambda record: cards.render(
-        "reward_model", record, figures, grading=Grading(**model["grading"]), class_names=model["class_names"],
+        "reward_model", record, figures, grading=grading, class_names=model["class_names"],
         criteria=model.get("criteria"), repo_id=repo_id, terms=terms, measured_on=on,
     )  # fmt: skip
 
