@@ -18,6 +18,7 @@ import click
 
 from pathalign.commands import jobs, serving, transfer
 from pathalign.commands.printing import JSON_HELP, print_result, printed, quiet
+from pathalign.commands.publish import publish_command
 from pathalign.commands.space import space
 from pathalign.commands.stages import command_of, stage_command, with_subcommands
 from pathalign.config import ConfigError, parse_overrides, read_yaml
@@ -95,6 +96,7 @@ reward.add_command(command_of("score", SCORE, "runs/scores"))
 main.add_command(reward)
 main.add_command(stage_command("align", "align", "runs/adapter"))
 main.add_command(stage_command("evaluate", "evaluate", "runs/evaluation"))
+main.add_command(publish_command)
 main.add_command(space)
 main.add_command(jobs.jobs)
 

@@ -1,15 +1,33 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from hub import serve
+from huggingface_hub import DatasetCard, ModelCard, SpaceCard
 
-from pathalign.cards import NOT_MEASURED, Grading, render, template_dir, write_card
+from pathalign.cards import (
+    NOT_MEASURED,
+    Grading,
+    MeasuredOn,
+    Terms,
+    candidates_card,
+    feedback_card,
+    own_measures,
+    render,
+    report_card,
+    template_dir,
+    write_card,
+)
+from pathalign.cards.measures import eval_results
 from pathalign.schema import DISCLAIMER, InputError, RunRecord
 
+PROJECT = Path(__file__).resolve().parents[1]
 SIMULATED = Grading(simulated=True, n_grades=800, n_graders=1)
 REPORT = {
     "metrics": {
@@ -58,7 +76,7 @@ def test_front_matter_of_each_kind_has_the_keys_that_the_hub_shows(record):
 
 
 def test_an_adapter_names_its_base_model_as_the_hub_wants_it(record):
-    card = render("lora_adapter", record, grading=SIMULATED, base_model="someone/cells", license="cc-by-4.0")
+    card = render("lora_adapter", record, grading=SIMULATED, base_model="someone/cells", terms=Terms("cc-by-4.0"))
     data = ModelCard(card).data
     assert (data.base_model, data.to_dict()["base_model_relation"]) == ("someone/cells", "adapter")
     assert (data.library_name, data.license) == ("diffusers", "cc-by-4.0")
@@ -116,6 +134,15 @@ def test_a_reward_model_shows_its_held_out_figures(record):
     assert (row(card, "ROC AUC"), row(card, "Brier score")) == (["0.913 (0.87 to 0.95)"], [NOT_MEASURED])
 
 
+def test_a_reward_models_figures_say_whose_grades_they_are_against_and_terms_do_not_break_the_table(record):
+    report = {"overall": {"n": 160, "roc_auc": 0.913}}
+    for grading, title in ((SIMULATED, "ROC AUC, against simulated grades"), (Grading(simulated=False), "ROC AUC")):
+        card = render("reward_model", record, report, grading=grading, terms=Terms(consent="research\nor | teaching"))
+        (entry,) = front_matter(card)["model-index"][0]["results"][0]["metrics"]
+        assert (entry["name"], entry["value"], entry["args"]) == (title, 0.913, {"n": 160})
+        assert "| not stated | not stated | research or \\| teaching |" in card
+
+
 def test_who_graded_is_read_from_the_feedback_datasets_agreement():
     agreement = {"simulated": True, "n_grades": 90, "n_graders": 3, "krippendorff_alpha": {"value": 0.7, "n": 30}}
     assert Grading.from_agreement(agreement) == Grading(True, 90, 3, 0.7)
@@ -155,3 +182,61 @@ def test_write_card_writes_what_the_hub_shows_as_the_repos_page(record, tmp_path
 def test_every_template_is_found_in_a_checkout():
     names = {path.name for path in Path(template_dir()).glob("*.jinja")}
     assert {"diffusion_base.md.jinja", "lora_adapter.md.jinja", "reward_model.md.jinja"} <= names
+
+
+def test_the_cards_of_datasets_say_first_what_they_are_not_and_load_by_their_configs(record):
+    agreement = {
+        "simulated": False, "simulated_share": 0.0, "n_grades": 90, "n_graders": 3, "n_images": 30, "unsure_share": 0.1,
+        "krippendorff_alpha": {"value": 0.7, "ci": [0.6, 0.8], "n": 30},
+        "fleiss_kappa": {"value": None, "ci": None, "n": 0},
+    }  # fmt: skip
+    configs = {"candidates": {"train": "data/train-*"}, "grades": {"train": "feedback/grades.parquet"}}
+    facts = {"configs": configs, "counts": {"a": 20, "b": 10}, "criteria": ["nucleus"], "repo_id": "lab/feedback"}
+    by_experts = feedback_card(record, agreement, **facts, terms=Terms("cc-by-4.0", consent="research"))
+    assert body_lines(by_experts)[0] == f"**{DISCLAIMER}**" and "simulated" not in by_experts.lower()
+    assert "| 90 | 3 | 30 | 0.1 | 0.7 (0.6 to 0.8), n = 30 | not measured, n = 0 |" in by_experts
+    assert "| cc-by-4.0 | not stated | research |" in by_experts
+    data = DatasetCard(by_experts).data.to_dict()
+    assert [entry["config_name"] for entry in data["configs"]] == ["candidates", "grades"]
+    assert data["license"] == "cc-by-4.0" and data["size_categories"] == ["n<1K"]
+    by_networks = feedback_card(
+        record, agreement | {"simulated": True, "simulated_share": 1 / 3}, **facts, terms=Terms()
+    )
+    assert body_lines(by_networks)[0].startswith("**SIMULATED: 30 of 90 grades are by networks, not by experts.")
+    assert "license" not in front_matter(by_networks) and "simulated-feedback" in front_matter(by_networks)["tags"]
+    plain = candidates_card(record, {"a": 2000, "b": 10}, repo_id="lab/set", terms=Terms(), n_real=7)
+    assert body_lines(plain)[0] == f"**{DISCLAIMER}**" and "7 of them are **real** images" in plain
+    assert front_matter(plain)["size_categories"] == ["1K<n<10K"]
+    for card in (by_experts, plain):
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        compile(code, "card", "exec")
+
+
+def test_the_card_of_a_report_is_that_of_a_static_space(record):
+    card = report_card(record, REPORT, repo_id="lab/report", terms=Terms(), measured_on=MeasuredOn("lab/cells", "v1"))
+    data = SpaceCard(card).data
+    assert (data.sdk, data.app_file, data.title) == ("static", "index.html", "report")
+    assert DISCLAIMER in body_lines(card)[0] and "split `test` of `lab/cells`, revision v1." in card
+    assert "- recall: 0.61 to 0.57" in card
+
+
+def test_figures_without_a_dataset_on_the_hub_stay_out_of_the_eval_results(record):
+    card = render("lora_adapter", record, REPORT, grading=SIMULATED, base_model="a/b", repo_id="lab/adapter")
+    (entry,) = front_matter(card)["model-index"]
+    assert entry["name"] == "lab/adapter" and entry["results"][0]["dataset"]["type"] == "not-on-the-hub"
+    figures = own_measures("lora_adapter", REPORT)
+    assert {figure.key: figure.n for figure in figures} == {"plausible_share": 500, "recall": 480}
+    assert eval_results(figures, MeasuredOn(), "") is None and eval_results([], MeasuredOn("lab/cells"), "") is None
+    assert "a dataset that is not on the Hub, revision not stated" in card
+    simulated = own_measures("lora_adapter", REPORT | {"simulated": True})
+    assert simulated[0].title == "plausible, by a simulated judge"
+
+
+@pytest.mark.hub
+def test_the_hub_accepts_the_cards_of_all_spaces(tmp_path):
+    cards = sorted(str(path) for path in (PROJECT / "spaces").glob("*/README.md"))
+    code = f"from huggingface_hub import SpaceCard\nfor card in {cards}: SpaceCard.load(card).validate()"
+    with serve(tmp_path) as hub:
+        variables = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
+        subprocess.run([sys.executable, "-c", code], env=variables, check=True)
+        assert hub.faults.requests.count("POST /api/validate-yaml") == len(cards) >= 3

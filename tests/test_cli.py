@@ -20,7 +20,17 @@ from pathalign.stages import STAGES, stage_names
 PROJECT = Path(__file__).resolve().parents[1]
 STAGE_COMMANDS = ["data", "pretrain", "generate", "grade fit", "grade simulate", "feedback", "reward", "reward score"]
 STAGE_COMMANDS += ["align", "evaluate"]
-COMMANDS = [*STAGE_COMMANDS, "run", "demo", "grade", "grade serve", "grade invite", "grade export", "grade import"]
+COMMANDS = [
+    *STAGE_COMMANDS,
+    "run",
+    "demo",
+    "publish",
+    "grade",
+    "grade serve",
+    "grade invite",
+    "grade export",
+    "grade import",
+]
 COMMANDS += ["feedback compact", "feedback pull"]
 COMMANDS += ["space", "space deploy", "space logs", "space restart", "space pause"]
 COMMANDS += ["jobs", "jobs run", "jobs logs", "jobs cancel", "jobs execute"]

@@ -1,0 +1,484 @@
+"""`pathalign publish` against the loopback Hub, by the real command in processes of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+import yaml
+from hub import HubServer, serve
+from hub.faults import Fault
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from publications import (
+    Publisher,
+    environment,
+    make_adapter,
+    make_all,
+    make_base,
+    make_candidates,
+    make_evaluation,
+    make_grades,
+    make_reward,
+    record,
+    write_json,
+)
+from tiny_stable_diffusion import save_tiny_stable_diffusion
+
+from pathalign.artefacts import fingerprint
+from pathalign.diffusion import lora
+from pathalign.diffusion.loading import load_base
+
+pytestmark = pytest.mark.hub
+TYPES = ("models", "datasets", "spaces")
+REPO_OF = {"base": "models", "reward": "models", "adapter": "models", "candidates": "datasets"}
+REPO_OF |= {"grades": "datasets", "feedback": "datasets", "evaluation": "spaces"}
+EXTRA = {"adapter": ["--base-model", "lab/base"]}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One tiny artefact of each kind; tests that change one copy it."""
+    return make_all(tmp_path_factory.mktemp("artefacts"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    with serve(tmp_path_factory.mktemp("served") / "hub") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def publisher(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Publisher]:
+    running = Publisher(server, tmp_path_factory.mktemp("home"))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def hub(server: HubServer) -> Iterator[HubServer]:
+    """The server without repos and faults."""
+    server.faults.requests.clear()
+    yield server
+    server.faults.set()
+    server.faults.hits.clear()
+    for kind in TYPES:
+        for repo in server.store.all_repos(kind):
+            server.store.delete(kind, repo.name)
+
+
+def content(hub: HubServer, kind: str, name: str, commit: str = "main") -> dict[str, bytes]:
+    """All files of a repo, as the server has them."""
+    repo = hub.store.repo(kind, name, hub.token)
+    tree = hub.store.tree(hub.store.resolve(repo, commit))
+    return {path: hub.store.blob(entry.sha256) for path, entry in tree.items()}
+
+
+def titles(hub: HubServer, kind: str, name: str) -> list[str]:
+    repo = hub.store.repo(kind, name, hub.token)
+    return [title for _, title, _ in hub.store.history(repo, hub.store.resolve(repo, "main"))]
+
+
+def put(hub: HubServer, kind: str, name: str, **files: str) -> None:
+    """What somebody else commits."""
+    from base64 import b64encode
+
+    lines: list[dict[str, Any]] = [{"key": "header", "value": {"summary": "by hand"}}]
+    for path, text in files.items():
+        value = {"path": path.replace("__", "."), "content": b64encode(text.encode()).decode(), "encoding": "base64"}
+        lines.append({"key": "file", "value": value})
+    hub.store.commit(hub.store.repo(kind, name, hub.token), "main", lines)
+
+
+def front_matter(card: bytes) -> dict[str, Any]:
+    return yaml.safe_load(card.decode().split("---\n")[1])
+
+
+def writes(hub: HubServer) -> list[str]:
+    """Requests that may have changed something."""
+    return [r for r in hub.faults.requests if not r.startswith(("GET", "HEAD")) and "validate-yaml" not in r]
+
+
+def test_every_kind_goes_out_as_one_commit_and_again_without_changes_as_none(hub, publisher, originals, tmp_path):
+    names = list(REPO_OF)
+    calls = [[originals[name], f"lab/{name}", *EXTRA.get(name, [])] for name in names]
+    first, second = [[publisher.made(*call) for call in calls] for _ in range(2)]
+    for name, made, again in zip(names, first, second, strict=True):
+        kind = REPO_OF[name]
+        assert len(titles(hub, kind, f"lab/{name}")) == 2 and made["changed"] and not again["changed"], name
+        assert (again["commit"], again["url"]) == (made["commit"], made["url"])
+        private = hub.store.repo(kind, f"lab/{name}", hub.token).private
+        assert private == made["private"] == (name in ("candidates", "grades", "feedback", "evaluation")), name
+        files = content(hub, kind, f"lab/{name}")
+        assert {"README.md", "run.json", "pathalign.json"} <= set(files)
+        assert sorted(file["path"] for file in made["files"]) == sorted(set(files) - {".gitattributes"})
+        told = json.loads(files["pathalign.json"])["files"]
+        assert {path: hashlib.sha256(data).hexdigest() for path, data in files.items() if path in told} == told
+    base = content(hub, "models", "lab/base")
+    assert not any("checkpoints" in path for path in base) and b"older card" not in base["README.md"]
+    assert b"/home/" not in b"".join(base.values())
+    assert "made of cells" in content(hub, "spaces", "lab/evaluation")["index.html"].decode()
+    assert (originals["base"] / "README.md").read_text() == "an older card"
+    assert "/home/someone" in (originals["base"] / "run.json").read_text()
+
+
+@pytest.mark.slow
+def test_the_snippets_of_all_cards_run_on_a_machine_that_knows_only_the_hub(hub, publisher, originals, tmp_path):
+    names = [name for name in REPO_OF if name != "evaluation"]
+    for name in names:
+        publisher.made(originals[name], f"lab/{name}", *EXTRA.get(name, []))
+    code = ""
+    for name in names:
+        card = content(hub, REPO_OF[name], f"lab/{name}")["README.md"].decode()
+        (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        result = {"base": "images", "adapter": "images", "reward": "rewards"}.get(name, "candidates")
+        code += f"{snippet}\nprint({name!r}, len({result}))\n"
+    publisher.made(stable_diffusion_adapter(hub, tmp_path), "lab/words")
+    card = content(hub, "models", "lab/words")["README.md"].decode()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code += f"{snippet}\nprint('words', len(images))\n"
+    code += "print(len(grades), grades[0]['grader'], agreement['measure'][0])\n"
+    variables = environment(hub, tmp_path / "other")
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert lines[:4] == ["base 4", "reward 4", "adapter 4", "candidates 30"]
+    assert lines[4:] == ["grades 1", "feedback 3", "words 4", "90 reader-1 krippendorff_alpha"]
+
+
+def stable_diffusion_adapter(hub: HubServer, place: Path) -> Path:
+    """An adapter on a Stable Diffusion that somebody uploaded to `lab/diffusion`."""
+    save_tiny_stable_diffusion(place / "diffusion")
+    upload(hub, place, place / "diffusion", "lab/diffusion")
+    pipeline = load_base(str(place / "diffusion"), class_names=["red cell", "blue cell"])
+    lora.attach(pipeline.unet, 2, 2.0, False, torch.Generator().manual_seed(0))
+    (place / "words").mkdir()
+    lora.save(pipeline.unet, place / "words")
+    config = {"base_model": "lab/diffusion", "base_revision": None, "prompt": "an image of a {class_name}"}
+    metrics = {"class_names": ["red cell", "blue cell"], "grading": {"simulated": False, "functions": ["score:red"]}}
+    record(place / "words", "align", config=config, inputs={"base_model": "lab/diffusion"}, metrics=metrics)
+    return place / "words"
+
+
+def upload(hub: HubServer, place: Path, folder: Path, name: str) -> None:
+    """What `hf upload` does."""
+    code = f"from huggingface_hub import HfApi; api = HfApi(); api.create_repo({name!r})\n"
+    code += f"api.upload_folder(repo_id={name!r}, folder_path={str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], env=environment(hub, place), check=True, capture_output=True)
+
+
+def test_a_dry_run_makes_all_checks_prints_the_plan_and_changes_nothing(hub, publisher, originals, tmp_path):
+    result = publisher(originals["feedback"], "lab/feedback", "--dry-run")
+    assert result["code"] == 0 and writes(hub) == []
+    for words in ("datasets/lab/feedback (private dataset, would be made): feedback", "feedback/grades.parquet"):
+        assert words in result["out"]
+    assert "comments stay here" in result["out"] and "graders, by pseudonyms only: 3" in result["out"]
+    publisher.made(originals["base"], "lab/base")
+    before = len(writes(hub))
+    result = publisher(originals["base"], "lab/base", "--dry-run")
+    assert "nothing has changed since the last commit" in result["out"] and len(writes(hub)) == before
+
+
+def test_files_no_longer_ours_go_in_the_same_commit_and_those_of_others_stay(hub, publisher, originals, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(originals["base"], folder)
+    (folder / "log.jsonl").write_text('{"step": 1}\n')
+    (folder / "notes.md").write_text("first")
+    publisher.made(folder, "lab/base")
+    put(hub, "models", "lab/base", LICENSE="theirs", notes__md="changed by somebody")
+    (folder / "log.jsonl").unlink()
+    (folder / "notes.md").unlink()
+    made = publisher.made(folder, "lab/base")
+    files = content(hub, "models", "lab/base")
+    assert "log.jsonl" not in files and files["LICENSE"] == b"theirs" and files["notes.md"] == b"changed by somebody"
+    assert [file["path"] for file in made["files"] if file["change"] == "delete"] == ["log.jsonl"]
+    assert len(titles(hub, "models", "lab/base")) == 4
+
+
+def test_what_is_something_else_is_not_replaced(hub, publisher, originals, tmp_path):
+    other_base = make_base(tmp_path / "other_base", seed=1)
+    other = make_adapter(tmp_path / "other", other_base)
+    classes = make_reward(tmp_path / "classes", classes=["x", "y", "z"])
+    publisher.made(originals["base"], "lab/base")
+    publisher.made(other_base, "lab/second")
+    publisher.made(originals["reward"], "lab/reward")
+    publisher.made(originals["adapter"], "lab/adapter", *EXTRA["adapter"])
+    hub.store.create("models", "lab/foreign")
+    put(hub, "models", "lab/foreign", config__json="{}")
+    before = {name: titles(hub, "models", f"lab/{name}") for name in ("base", "reward", "adapter", "foreign")}
+    for call, words in {
+        (originals["reward"], "lab/base"): "of the kind base, this is of the kind reward",
+        (originals["candidates"], "lab/base"): "lab/base is a model already, and this becomes a dataset",
+        (other, "lab/adapter", "--base-model", "lab/second"): "an adapter of another base model, lab/base",
+        (classes, "lab/reward"): "has the classes ['a', 'b', 'c'], this has ['x', 'y', 'z']",
+        (originals["reward"], "lab/foreign"): "files that pathalign did not publish, such as config.json",
+        (originals["adapter"], "lab/new", "--base-model", "lab/second"): "is not the base model of this adapter",
+        (originals["adapter"], "lab/new", "--base-model", "lab/absent"): "does not exist, or is private",
+        (originals["adapter"], "lab/new"): "readers do not have. Publish it with `pathalign publish",
+        (originals["base"], "lab/new", "--base-model", "lab/base"): "`--base-model` is for adapter",
+        (originals["base"], "new"): "write OWNER/NAME",
+        (tmp_path / "none", "lab/new"): "There is no folder",
+    }.items():
+        assert words in publisher.refused(*call), call
+    assert before == {name: titles(hub, "models", f"lab/{name}") for name in before}
+
+
+def test_the_base_of_an_adapter_is_known_by_its_content_also_after_a_plain_upload(hub, publisher, originals, tmp_path):
+    upload(hub, tmp_path, originals["base"], "lab/plain")
+    made = publisher.made(originals["adapter"], "lab/adapter", "--base-model", "lab/plain")
+    files = content(hub, "models", "lab/adapter")
+    data = front_matter(files["README.md"])
+    assert (data["base_model"], data["base_model_relation"]) == ("lab/plain", "adapter")
+    config = json.loads(files["run.json"])["config"]
+    plain = hub.store.repo("models", "lab/plain", hub.token)
+    assert (config["base_model"], config["base_revision"]) == ("lab/plain", hub.store.resolve(plain, "main"))
+    assert config["data"] == "data" and made["changed"]
+
+
+def test_private_things_do_not_slip_into_a_public_repo(hub, publisher, originals, tmp_path):
+    controls = make_candidates(tmp_path / "controls", controls=5)
+    hub.store.create("datasets", "lab/open")
+    error = publisher.refused(originals["feedback"], "lab/open")
+    assert "is public, and this goes out private unless you say `--public`" in error
+    assert "shows real images (5) to everyone" in publisher.refused(controls, "lab/controls", "--public")
+    assert "shows real images (600)" in publisher.refused(originals["evaluation"], "lab/report", "--public")
+    terms = ["--data-license", "CC BY 4.0", "--consent", "for research and teaching"]
+    made = publisher.made(controls, "lab/controls", "--public", *terms)
+    assert not made["private"] and "real images among it: 5" in made["checks"]
+    card = content(hub, "datasets", "lab/controls")["README.md"].decode()
+    assert "| not stated | CC BY 4.0 | for research and teaching |" in card and "5 of them are **real**" in card
+    assert "is public, and this goes out private" in publisher.refused(controls, "lab/controls", "--private")
+
+
+def test_simulated_grades_go_out_only_marked_in_the_first_line(hub, publisher, originals, tmp_path):
+    grades = make_grades(tmp_path / "grades", originals["candidates"], ("simulated-1", "reader-1"))
+    error = publisher.refused(grades, "lab/grades")
+    assert "30 of 60 grades are by simulated graders and would pass for expert feedback" in error
+    publisher.made(grades, "lab/grades", "--simulated")
+    files = content(hub, "datasets", "lab/grades")
+    first = files["README.md"].decode().split("---\n", 2)[2].strip().splitlines()[0]
+    assert first.startswith("**SIMULATED: 30 of 60 grades are by networks, not by experts.")
+    assert "simulated-feedback" in front_matter(files["README.md"])["tags"]
+    rows = pyarrow.parquet.read_table(io.BytesIO(files["feedback/grades.parquet"])).to_pylist()
+    assert [row["simulated"] for row in rows].count(True) == 30
+    assert all(row["simulated"] == (row["grader"] == "simulated-1") for row in rows)
+
+
+def test_names_comments_paths_and_metadata_of_pictures_stay_here(hub, publisher, originals, tmp_path):
+    named = make_grades(tmp_path / "named", originals["candidates"], ("Ada Lovelace", "reader-1"))
+    error = publisher.refused(named, "lab/named")
+    assert "1 of 2 graders are called by what may be a name (Ada..., 12 characters)" in error
+    publisher.made(originals["grades"], "lab/plain")
+    publisher.made(originals["grades"], "lab/talk", "--comments")
+    for name, comment in (("plain", None), ("talk", "seen at the Institute")):
+        rows = content(hub, "datasets", f"lab/{name}")["feedback/grades.parquet"]
+        assert set(pyarrow.parquet.read_table(io.BytesIO(rows))["comment"].to_pylist()) == {comment}
+    folder = make_candidates(tmp_path / "candidates")
+    name = folder / "data" / "train-00000-of-00001.parquet"
+    table = pyarrow.parquet.read_table(name)
+    pictures = [{"bytes": with_secret(row["bytes"]), "path": "/home/ada/x.png"} for row in table["image"].to_pylist()]
+    column = pyarrow.chunked_array([pyarrow.array(pictures, table.schema.field("image").type)])
+    pyarrow.parquet.write_table(table.set_column(0, table.schema.field("image"), column), name)
+    (folder / "samples.png").write_bytes(with_secret((folder / "samples.png").read_bytes()))
+    before = name.read_bytes()
+    made = publisher.made(folder, "lab/candidates")
+    files = content(hub, "datasets", "lab/candidates")
+    assert not any(b"Ada Lovelace" in data or b"/home/" in data for data in files.values())
+    assert "metadata taken out of pictures, in 2 files" in made["checks"] and name.read_bytes() == before
+    rows = pyarrow.parquet.read_table(io.BytesIO(files["data/train-00000-of-00001.parquet"]))["image"].to_pylist()
+    for row, dirty in zip(rows, pictures, strict=True):
+        assert Image.open(io.BytesIO(row["bytes"])).tobytes() == Image.open(io.BytesIO(dirty["bytes"])).tobytes()
+        assert row["path"] is None and b"Ada" in dirty["bytes"]
+
+
+def with_secret(picture: bytes) -> bytes:
+    """The same PNG with a name in its text and its EXIF."""
+    text, made = PngInfo(), io.BytesIO()
+    text.add_text("Author", "Ada Lovelace")
+    exif = Image.Exif()
+    exif[0x013B] = "Ada Lovelace"
+    Image.open(io.BytesIO(picture)).save(made, "PNG", pnginfo=text, exif=exif)
+    return made.getvalue()
+
+
+def test_what_cannot_be_taken_out_is_refused_by_file_and_find_and_not_repeated(hub, publisher, originals, tmp_path):
+    token = "hf_" + "aBcD" * 8
+    folder = tmp_path / "base"
+    shutil.copytree(originals["base"], folder)
+    (folder / "notes.md").write_text(f"ask ada@institute.org\nor use {token}\n")
+    (folder / "pipeline.py").write_text("cells = '/home/ada/cells'\n")
+    (folder / "unet" / "model.bin").write_bytes(b"x")
+    assert "model.bin: weights and arrays go as safetensors only" in publisher.refused(folder, "lab/base")
+    (folder / "unet" / "model.bin").unlink()
+    (folder / "scan.dcm").write_bytes(b"x")
+    error = publisher.refused(folder, "lab/base")
+    for words in ("notes.md:1: an e-mail address", "notes.md:2: a token", "pipeline.py:1: a path", "scan.dcm: nobody"):
+        assert words in error
+    assert token not in error and "ada@institute" not in error and writes(hub) == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("/commit/", 409, times=2),
+        Fault("/commit/", 412, times=1),
+        Fault("/commit/", 429, times=1, headers={"Retry-After": "1"}),
+        Fault("/commit/", 503, times=1),
+        Fault("/commit/", 500, after=True, times=1),
+        Fault("/commit/", 0, times=1),
+        Fault("/commit/", 0, after=True, times=1),
+        Fault("repos/create", 0, after=True, times=1),
+        Fault("/tag/", 0, after=True, times=1),
+        Fault("GET /api/models/lab/reward$", 502, times=2),
+    ],
+    ids=lambda fault: f"{fault.match.split('/')[-2 if fault.match.endswith('/') else -1]}-{fault.name}",
+)
+def test_a_fault_is_waited_out_and_the_commit_is_there_once(hub, publisher, originals, tmp_path, fault):
+    hub.faults.set(fault)
+    made = publisher.made(originals["reward"], "lab/reward", "--revision-tag", "v1")
+    assert hub.faults.hits[fault.name] >= 1
+    assert [title.split()[0] for title in titles(hub, "models", "lab/reward")] == ["Publish", "initial"]
+    repo = hub.store.repo("models", "lab/reward", hub.token)
+    assert hub.store.resolve(repo, "v1") == hub.store.resolve(repo, "main") == made["commit"]
+
+
+def test_a_hub_that_refuses_is_not_asked_again(hub, publisher, originals, tmp_path):
+    hub.faults.set(Fault("/commit/", 403))
+    assert "refused your token (403)" in publisher.refused(originals["reward"], "lab/reward")
+    assert hub.faults.hits["403"] == 1
+
+
+def test_a_tag_stays_where_it_is(hub, publisher, originals, tmp_path):
+    folder = make_reward(tmp_path / "reward")
+    first, again = [publisher.made(folder, "lab/r", "--revision-tag", "v1") for _ in range(2)]
+    assert first["commit"] == again["commit"] and not again["changed"]
+    newer = make_reward(tmp_path / "newer", mark=1)
+    error = publisher.refused(newer, "lab/r", "--revision-tag", "v1")
+    assert f"'v1' of lab/r is at commit {first['commit'][:8]} already" in error
+    assert len(titles(hub, "models", "lab/r")) == 2
+    second = publisher.made(newer, "lab/r", "--revision-tag", "v2")
+    repo = hub.store.repo("models", "lab/r", hub.token)
+    assert (hub.store.resolve(repo, "v1"), hub.store.resolve(repo, "v2")) == (first["commit"], second["commit"])
+
+
+def test_figures_are_the_reports_own_in_table_front_matter_and_eval_results(hub, publisher, originals, tmp_path):
+    publisher.made(originals["base"], "lab/base")
+    hub.store.create("datasets", "lab/cells")
+    cells = hub.store.repo("datasets", "lab/cells", hub.token)
+    hub.store.add_ref(cells, "refs/tags/v3", hub.store.resolve(cells, "main"))
+    call = [originals["adapter"], "lab/adapter", *EXTRA["adapter"], "--report", originals["evaluation"]]
+    assert "has no revision 'v4'" in publisher.refused(*call, "--dataset", "lab/cells@v4")
+    assert "The dataset 'lab/absent' on" in publisher.refused(*call, "--dataset", "lab/absent@v3")
+    publisher.made(*call, "--dataset", "lab/cells@v3", "--license", "mit")
+    files = content(hub, "models", "lab/adapter")
+    data = front_matter(files["README.md"])
+    (result,) = data["model-index"][0]["results"]
+    assert data["model-index"][0]["name"] == "lab/adapter" and data["license"] == "mit"
+    assert result["dataset"] == {"name": "lab/cells", "type": "lab/cells", "split": "test", "revision": "v3"}
+    assert data["datasets"] == ["lab/cells"]
+    report = json.loads((originals["evaluation"] / "metrics.json").read_text())["metrics"]["after"]
+    shown = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert shown == {name: report[name] for name in ("plausible_share", "kid")}
+    assert result["metrics"][0]["args"] == {"n": 500, "interval": report["plausible_ci"]}
+    entries = yaml.safe_load(files[".eval_results/pathalign.yaml"])
+    assert {entry["dataset"]["task_id"]: entry["value"] for entry in entries} == shown
+    assert entries[0]["dataset"] == {"id": "lab/cells", "task_id": "plausible_share", "revision": "v3"}
+    assert "n = 500, interval 0.67 to 0.75; split test" in entries[0]["notes"]
+    card = files["README.md"].decode()
+    assert "| plausible, by the judge | 0.54 (0.5 to 0.58) | 0.71 (0.67 to 0.75) | 0.9 |" in card
+    for name in ("before", "after"):
+        assert f"](images/samples_{name}.png)" in card and f"images/samples_{name}.png" in files
+    assert data["widget"][0]["output"]["url"] == "images/samples_after.png"
+    assert "- recall: 0.61 to 0.57" in card and "no near-copy of one: not measured" in card
+    assert "Criteria: nucleus." in card and "| 90 | 3 | 0.7 |" in card
+
+
+def test_a_rewards_figures_name_the_feedback_that_they_were_measured_on_and_no_other(
+    hub, publisher, originals, tmp_path
+):
+    feedback = publisher.made(originals["feedback"], "lab/feedback")
+    call = [make_reward(tmp_path / "reward"), "lab/reward", "--dataset", f"lab/feedback@{feedback['commit']}"]
+    assert "The figures were not measured on lab/feedback@" in publisher.refused(*call)
+    inputs = {"feedback": fingerprint(originals["feedback"])}
+    record(tmp_path / "reward", "reward", config={"feedback": str(originals["feedback"])}, inputs=inputs)
+    publisher.made(*call)
+    files = content(hub, "models", "lab/reward")
+    entries = yaml.safe_load(files[".eval_results/pathalign.yaml"])
+    (result,) = front_matter(files["README.md"])["model-index"][0]["results"]
+    assert result["dataset"]["revision"] == entries[0]["dataset"]["revision"] == feedback["commit"]
+    assert [entry["value"] for entry in entries] == [metric["value"] for metric in result["metrics"]] == [0.913, 0.04]
+    assert f"`lab/feedback`, revision {feedback['commit']}." in files["README.md"].decode()
+
+
+def test_a_report_about_something_else_is_refused(hub, publisher, originals, tmp_path):
+    publisher.made(originals["base"], "lab/base")
+    other = make_adapter(tmp_path / "other", originals["base"], seed=1)
+    call = [originals["adapter"], "lab/adapter", *EXTRA["adapter"], "--report"]
+    error = publisher.refused(*call, make_evaluation(tmp_path / "other_evaluation", other))
+    assert "measured another adapter" in error
+    phantom = make_evaluation(tmp_path / "phantom", originals["adapter"], phantom=True)
+    assert "measured drawn phantoms" in publisher.refused(*call, phantom, "--dataset", "lab/cells")
+    assert "is no evaluation" in publisher.refused(*call, originals["reward"])
+
+
+def test_a_card_that_the_hub_does_not_take_stops_everything(hub, publisher, originals, tmp_path):
+    error = publisher.refused(originals["reward"], "lab/reward", "--license", "other")
+    assert 'does not take the card of lab/reward: "license_name" is required' in error
+    assert writes(hub) == []
+
+
+def test_the_token_is_in_no_output_no_file_and_no_commit(hub, originals, tmp_path):
+    token = "hf_" + "xYz9" * 8
+    hub.store.add_token(token, "lab")
+    hub.faults.set(Fault("/commit/", 503, times=1))
+    leak = tmp_path / "leak"
+    shutil.copytree(originals["reward"], leak)
+    (leak / "notes.md").write_text(f"token={token}")
+    publisher = Publisher(hub, tmp_path / "home", token)
+    calls = [(originals["base"], "lab/base"), (originals["base"], "lab/base", "--json"), (leak, "lab/leak")]
+    printed = json.dumps([publisher(*call) for call in [*calls, (originals["reward"], "nobody/reward")]])
+    publisher.close()
+    assert "403" in printed and "a token" in printed and "trying again" in printed and token not in printed
+    files = content(hub, "models", "lab/base")
+    assert len(files) > 5 and not any(token.encode() in data for data in files.values())
+    assert token not in str(titles(hub, "models", "lab/base"))
+    kept = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    assert kept and not any(token.encode() in path.read_bytes() for path in kept)
+
+
+def test_grades_go_with_the_images_and_the_agreement_that_belong_to_them(hub, publisher, originals, tmp_path):
+    lost = tmp_path / "feedback"
+    shutil.copytree(originals["feedback"], lost)
+    run = json.loads((lost / "run.json").read_text())
+    write_json(lost / "run.json", run | {"config": run["config"] | {"grades": "/nowhere/grades"}})
+    assert "are not at /nowhere/grades; name them with `--grades`" in publisher.refused(lost, "lab/feedback")
+    other = make_grades(tmp_path / "grades", originals["candidates"], ("reader-1", "reader-9"))
+    assert "does not hold the grades that" in publisher.refused(lost, "lab/feedback", "--grades", other)
+    made = publisher.made(lost, "lab/feedback", "--grades", originals["grades"])
+    shutil.rmtree(tmp_path / "grades")
+    shutil.copytree(originals["grades"], tmp_path / "grades")  # the run was moved as a whole: they lie beside it
+    assert publisher.made(lost, "lab/feedback")["changed"] is False
+    files = content(hub, "datasets", "lab/feedback")
+    agreement = pyarrow.parquet.read_table(io.BytesIO(files["feedback/agreement.parquet"])).to_pylist()
+    report = json.loads((originals["feedback"] / "agreement.json").read_text())
+    assert agreement[0]["value"] == report["krippendorff_alpha"]["value"] and agreement[0]["n"] == 30
+    assert {row["measure"] for row in agreement} == {
+        "krippendorff_alpha", "fleiss_kappa", "cohen_kappa", "intra_rater_kappa",
+    }  # fmt: skip
+    configs = {entry["config_name"]: entry for entry in front_matter(files["README.md"])["configs"]}
+    assert set(configs) == {"candidates", "grades", "agreement"} and configs["candidates"]["default"]
+    assert b"/nowhere" not in b"".join(files.values()) and made["changed"]
+    bare = make_grades(tmp_path / "bare", originals["candidates"])
+    record(bare, "import")
+    assert "name them with `--candidates`" in publisher.refused(bare, "lab/bare")
