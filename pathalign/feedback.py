@@ -42,8 +42,8 @@ def build(config: FeedbackConfig, output_dir: str | Path) -> RunRecord:
             if the place cannot be written to.
     """
     started = time.monotonic()
-    config = pinned(config)
     current = current_grades([grade for source in config.grades for grade in read_grades(source)])
+    config = pinned(config)
     candidates = ImageSet.joined([ImageSet.load(source) for source in config.candidates])
     check_against_candidates(current.grades, candidates)
     ratings = collect_ratings(current.grades, candidates.image_ids, config.unsure)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import Any
 
 from pathalign.config import ConfigError, StageConfig, build, plain_type
 from pathalign.hub import jobs as hub
+from pathalign.hub.commits import MANIFEST, HubRepo, sha256_of
+from pathalign.hub.kinds import kind_of_stage
 from pathalign.ledger import LEDGER_NAME
-from pathalign.progress import say
 from pathalign.schema import InputError
 from pathalign.settings.adapter import is_function, weighted_source
 from pathalign.stages import SCORE, STAGES, Stage, load
@@ -30,7 +30,6 @@ SETS = ("data", "generate", "grade", "feedback", "sample", "score")  # their res
 FOLDER = Path("result")
 LEFT_OUT = ("checkpoints", "trackers", ".lock")
 REPLACEABLE = (".gitattributes", "README.md")  # what a new repo may hold
-WAITS_S = (1, 5, 30, 120)  # before a push is tried again
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 
 
@@ -209,27 +208,14 @@ def push(folder: Path, spec: JobSpec) -> str:
     Raises:
         InputError: If the Hub refuses it, or cannot be reached for minutes.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {path.relative_to(folder).as_posix(): path for path in paths}
     files = {name: path for name, path in files.items() if not set(LEFT_OUT) & set(name.split("/"))}
-    for attempt, wait_s in enumerate((*WAITS_S, None)):
-        try:
-            before, _ = hub.holds(spec.output_repo, spec.repo_type) or ([], True)
-            gone = [name for name in before if name not in {*files, *REPLACEABLE}]
-            operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
-            with hub.explained(f"write to the {spec.repo_type} {spec.output_repo}"):
-                done = HfApi().create_commit(
-                    spec.output_repo,
-                    [*operations, *(CommitOperationDelete(path_in_repo=name) for name in gone)],
-                    commit_message=f"Result of {spec.stage}, by pathalign",
-                    repo_type=spec.repo_type,
-                )
-            return str(done.commit_url)
-        except InputError as error:
-            if wait_s is None or not hub.passing(error):
-                raise
-            say(f"{error} (attempt {attempt + 1}; the next in {wait_s} s)")
-            time.sleep(wait_s)
-    raise AssertionError("the last attempt returns or raises")
+    manifest = folder / MANIFEST
+    known = kind_of_stage(spec.stage)
+    held = {"kind": known.name if known else spec.stage, "files": {name: sha256_of(files[name]) for name in files}}
+    manifest.write_text(json.dumps(held, indent=2, sort_keys=True) + "\n")
+    repo = HubRepo(spec.output_repo, spec.repo_type)
+    title = f"Result of {spec.stage} {sha256_of(manifest)[:12]}"
+    commit, _ = repo.commit({**files, MANIFEST: manifest}, title, lambda head: None)  # looked at before the job began
+    return f"{repo.url}/commit/{commit}"

@@ -102,7 +102,7 @@ def test_a_stage_runs_as_a_job_and_its_result_is_one_commit_of_a_private_repo(
         assert text in err
     assert f"Result: {hub.endpoint}/datasets/lab/cells/commit/" in err  # the job's own log
     names = [f"data/{split}-00000-of-00001.parquet" for split in ("test", "train", "validation")]
-    assert files(hub) == [*names, "data_report.json", "run.json"]
+    assert files(hub) == [*names, "data_report.json", "pathalign.json", "run.json"]
     titles = [commit["title"] for commit in ask(hub, "/api/datasets/lab/cells/commits/main")]
     assert titles == ["Result of data, by pathalign", "initial commit"]
     assert ask(hub, "/api/datasets/lab/cells")["private"]
@@ -121,17 +121,20 @@ def test_a_stage_runs_as_a_job_and_its_result_is_one_commit_of_a_private_repo(
 def test_a_result_replaces_the_one_before_and_an_outage_is_waited_out(hub: HubServer, config: Path, tmp_path: Path):
     hub.store.create("datasets", "lab/cells")
     code = """
-    for name in ("run.json", "README.md", "data/train-00001-of-00002.parquet"):
-        api.upload_file(path_or_fileobj=b"{}", path_in_repo=name, repo_id="lab/cells", repo_type="dataset")
+    import hashlib, json
+    earlier = "data/train-00001-of-00002.parquet"
+    held = json.dumps({"kind": "data", "files": {earlier: hashlib.sha256(b"{}").hexdigest()}}).encode()
+    for name, content in ((earlier, b"{}"), ("run.json", b"{}"), ("README.md", b"{}"), ("pathalign.json", held)):
+        api.upload_file(path_or_fileobj=content, path_in_repo=name, repo_id="lab/cells", repo_type="dataset")
     """
     client(hub, tmp_path, code, token=TOKEN)
     hub.faults.set(Fault("POST /api/datasets/lab/cells/commit/", 503, times=1))
     code, _, err = pathalign(hub, tmp_path, *arguments(config, "--yes"))
     assert code == 0, err
-    assert "PUBLIC, its files are replaced" in err and "answered 503" in err and "attempt 1; the next in 1 s" in err
+    assert "PUBLIC, its files are replaced" in err and "did not take it (503); trying again" in err
     names = [f"data/{split}-00000-of-00001.parquet" for split in ("test", "train", "validation")]
-    assert files(hub) == ["README.md", *names, "data_report.json", "run.json"]
-    assert ask(hub, "/api/datasets/lab/cells/commits/main")[0]["title"] == "Result of data, by pathalign"
+    assert files(hub) == ["README.md", *names, "data_report.json", "pathalign.json", "run.json"]
+    assert ask(hub, "/api/datasets/lab/cells/commits/main")[0]["title"].startswith("Result of data ")
 
 
 def test_a_job_that_fails_ends_with_1_says_why_and_leaves_the_repo_empty(hub: HubServer, config: Path, tmp_path: Path):

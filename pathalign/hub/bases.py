@@ -53,13 +53,13 @@ def base_of(adapter: Artefact, given: str | None) -> Base:
         InputError: If no repo is named, there is no such repo, or another model is in it.
     """
     named, known = str(adapter.record.config["base_model"]), adapter.record.inputs["base_model"]
-    if named == known:  # a Hub id: only folders have a fingerprint
+    if known.split("@")[0] == named:  # a Hub id, pinned: only folders have a fingerprint
         if given not in (None, named):
             raise InputError(
                 f"The adapter was trained on {named!r} from the Hub, not on {given!r}; leave out --base-model."
             )
         revision = adapter.record.config.get("base_revision")
-        return Base(named, revision, f"{named}@{revision or 'main'}", _index(HubRepo(named, "model"), revision))
+        return Base(named, revision, known, _index(HubRepo(named, "model"), revision))
     if given is None:
         raise InputError(
             f"The adapter was trained on the folder {named}, which readers do not have. Publish it with "

@@ -45,7 +45,7 @@ def stage_parts(artefact: Artefact, config: PublishConfig, place: Path) -> Parts
             would pass for expert feedback.
     """
     standing = _grades(artefact, config)
-    grades = [_marked(grade, artefact.record.stage) for grade in standing.grades]
+    grades = [_marked(grade) for grade in standing.grades]
     simulated = sum(grade.simulated for grade in grades)
     if simulated and not config.simulated:
         raise InputError(
@@ -85,23 +85,23 @@ def _grades(artefact: Artefact, config: PublishConfig) -> CurrentGrades:
     """The grades that stand."""
     if artefact.record.stage != "feedback":
         return current_grades(read_grades(artefact.folder))
-    source = Path(config.grades) if config.grades else artefact.input_folder("grades")
-    if not source.exists():
+    sources = [Path(source) for source in config.grades] or artefact.input_folders("grades")
+    if absent := [source for source in sources if not source.exists()]:
         raise InputError(
-            f"The grades that {artefact.folder} was made of are not at {source}; name them with `--grades`."
+            f"The grades that {artefact.folder} was made of are not at {absent[0]}; name them with `--grades`."
         )
-    standing = current_grades(read_grades(source))
+    standing = current_grades([grade for source in sources for grade in read_grades(source)])
     if fingerprint([grade.to_json() for grade in standing.grades]) != artefact.record.inputs["grades"]:
         raise InputError(
-            f"{source} does not hold the grades that {artefact.folder} was made of; name those with `--grades`, or "
-            "make the feedback again with `pathalign feedback`."
+            f"{', '.join(map(str, sources))} does not hold the grades that {artefact.folder} was made of; name those "
+            "with `--grades`, or make the feedback again with `pathalign feedback`."
         )
     return standing
 
 
-def _marked(grade: Grade, stage: str) -> Grade:
-    """A grade that says so if it is simulated: by its own mark, its grader's name, or the stage that made it."""
-    simulated = grade.simulated or grade.grader.startswith("simulated") or stage == "grade"
+def _marked(grade: Grade) -> Grade:
+    """A grade that says so if it is simulated: by its own mark, or its grader's name."""
+    simulated = grade.simulated or grade.grader.startswith("simulated")
     return replace(grade, simulated=simulated)
 
 
@@ -112,15 +112,14 @@ def _simulated(grades: Sequence[Grade]) -> dict[str, Any]:
 
 def _candidates(artefact: Artefact, config: PublishConfig) -> ImageSet:
     """The images that were graded."""
-    inside = artefact.folder if (artefact.folder / _data("train")).is_file() else None
-    recorded = artefact.input_folder("candidates") if artefact.record.config.get("candidates") else None
-    source = config.candidates or inside or recorded
-    if source is None:
+    inside = [artefact.folder] if (artefact.folder / _data("train")).is_file() else []
+    sources = config.candidates or inside or artefact.input_folders("candidates")
+    if not sources:
         raise InputError(
             f"{artefact.folder} has no images, and its record does not say which were graded; name them with "
             "`--candidates`."
         )
-    return ImageSet.load(source)
+    return ImageSet.joined([ImageSet.load(source) for source in sources])
 
 
 def _agreement(standing: CurrentGrades, images: ImageSet) -> dict[str, Any]:

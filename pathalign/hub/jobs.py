@@ -223,12 +223,6 @@ def cancel(job_id: str, namespace: str | None) -> None:
         HfApi().cancel_job(job_id=job_id, namespace=namespace)
 
 
-def passing(error: InputError) -> bool:
-    """Whether what `explained` raised may be over in a minute: a conflict, an outage, a lost connection."""
-    cause = error.__cause__
-    return not isinstance(cause, HfHubHTTPError) or cause.response.status_code in (409, 412, 429, 500, 502, 503, 504)
-
-
 def exists(repo_id: str) -> bool:
     """Whether the token sees a model or dataset of that name.
 

@@ -65,9 +65,10 @@ class Artefact:
         """Hash of its files as other run records name it."""
         return fingerprint(self.folder)
 
-    def input_folder(self, setting: str) -> Path:
-        """Where an input of its run lies: where the record says, else beside it, if the run was moved."""
-        return moved(Path(str(self.record.config.get(setting))), self.folder)
+    def input_folders(self, setting: str) -> list[Path]:
+        """Where inputs of its run lie: where the record says, else beside it, if the run was moved."""
+        named = self.record.config.get(setting) or []
+        return [moved(Path(name), self.folder) for name in ([named] if isinstance(named, str) else named)]
 
 
 def recognise(folder: str | Path) -> Artefact:

@@ -195,7 +195,7 @@ def _name_base(place: Path, base: Base) -> None:
 def _grading_of_adapter(artefact: Artefact) -> Grading:
     """Who graded, by the adapter's record, else by its reward model."""
     grading = artefact.record.metrics.get("grading")
-    folder = artefact.input_folder("reward_model")
+    (folder,) = artefact.input_folders("reward_model")
     if grading is None and folder.is_dir() and fingerprint(folder) == artefact.record.inputs.get("reward_model"):
         grading = json.loads((folder / "config.json").read_text()).get("grading")
     if grading is None:

@@ -21,9 +21,9 @@ class PublishConfig(StageConfig):
     dataset: str | None = option(
         None, "Hub dataset that the figures were measured on, as OWNER/NAME@REVISION, if the records do not name it."
     )
-    grades: str | None = option(None, "Feedback: the grades it was made of, if they are not where its record says.")
-    candidates: str | None = option(
-        None, "Grades: the images that were graded, if the record does not say where they are."
+    grades: list[str] = option([], "Feedback: the grades it was made of, if they are not where its record says.")
+    candidates: list[str] = option(
+        [], "Grades: the images that were graded, if the record does not say where they are."
     )
     simulated: bool = option(False, "Grades by simulated graders too; the card's first line then says so.")
     comments: bool = option(False, "Grades with the graders' free text; read it first.")
