@@ -165,9 +165,10 @@ def stable_diffusion_adapter(hub: HubServer, place: Path) -> Path:
     lora.attach(pipeline.unet, 2, 2.0, False, torch.Generator().manual_seed(0))
     (place / "words").mkdir()
     lora.save(pipeline.unet, place / "words")
-    config = {"base_model": "lab/diffusion", "base_revision": None, "prompt": "an image of a {class_name}"}
+    commit = hub.store.resolve(hub.store.repo("models", "lab/diffusion", hub.token), "main")
+    config = {"base_model": "lab/diffusion", "base_revision": commit, "prompt": "an image of a {class_name}"}
     metrics = {"class_names": ["red cell", "blue cell"], "grading": {"simulated": False, "functions": ["score:red"]}}
-    record(place / "words", "align", config=config, inputs={"base_model": "lab/diffusion"}, metrics=metrics)
+    record(place / "words", "align", config=config, inputs={"base_model": f"lab/diffusion@{commit}"}, metrics=metrics)
     return place / "words"
 
 

@@ -194,14 +194,15 @@ def _name_base(place: Path, base: Base) -> None:
 
 def _grading_of_adapter(artefact: Artefact) -> Grading:
     """Who graded, by the adapter's record, else by its reward model."""
-    grading = artefact.record.metrics.get("grading")
-    (folder,) = artefact.input_folders("reward_model")
-    if grading is None and folder.is_dir() and fingerprint(folder) == artefact.record.inputs.get("reward_model"):
-        grading = json.loads((folder / "config.json").read_text()).get("grading")
+    grading, folders = artefact.record.metrics.get("grading"), artefact.input_folders("reward_model")
+    for folder in folders:
+        if grading is None and folder.is_dir() and fingerprint(folder) == artefact.record.inputs.get("reward_model"):
+            grading = json.loads((folder / "config.json").read_text()).get("grading")
     if grading is None:
         raise InputError(
-            f"{artefact.folder} does not say who graded, and its reward model is not at {folder}. Put that there, or "
-            "train the adapter again."
+            f"{artefact.folder} does not say who graded, and its reward model is not at "
+            f"{', '.join(map(str, folders)) or 'any place that its record names'}. Put that there, or train the "
+            "adapter again."
         )
     return Grading(**grading)
 
