@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -157,18 +156,12 @@ for line in sys.stdin:
 """
 
 
-def environment(hub: HubServer, home: Path, token: str | None = None) -> dict[str, str]:
-    """Variables of a client that knows this Hub only."""
-    variables = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
-    return variables | {"HF_TOKEN": token or hub.token, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
-
-
 class Publisher:
     """A process in which `pathalign publish` runs, once for each call: torch is imported once."""
 
     def __init__(self, hub: HubServer, home: Path, token: str | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", RUN], env=environment(hub, home, token), text=True, stdin=subprocess.PIPE,
+            [sys.executable, "-c", RUN], env=hub.variables(home, token), text=True, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 

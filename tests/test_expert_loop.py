@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -63,8 +62,7 @@ class Lab:
         values = {**yaml.safe_load(self.config.read_text()), "rounds": 2}
         values["grade"] = {"method": "pull", "source": "lab/grades", "poll_s": 0.3}
         self.config.write_text(yaml.safe_dump(values))
-        there = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home")}
-        self.environment = {**os.environ, **there, "HF_TOKEN": hub.token, "PYTHONPATH": str(PROJECT)}
+        self.environment = hub.variables(folder / "home")
         self.said: list[str] = []
 
     def start(self, *more: str) -> subprocess.Popen[str]:

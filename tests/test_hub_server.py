@@ -27,8 +27,7 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
 
 def client(hub: HubServer, folder: Path, code: str, token: str | None = None, **environment: str) -> str:
     """Run code with the stock clients; `api` is ready. Returns what it prints."""
-    variables = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home")}
-    variables |= {"HF_TOKEN": token or hub.token, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+    variables = hub.variables(folder / "home", token, **environment)
     begin = "from huggingface_hub import *\nfrom huggingface_hub.errors import *\napi = HfApi()\n"
     command = [sys.executable, "-c", begin + textwrap.dedent(code)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=folder)

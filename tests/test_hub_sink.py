@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -222,9 +221,8 @@ outbox.record([{grade(1)!r}])
 outbox.close(30)
 print(outbox.saved(["g1"]))
 """
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    variables = hub.variables(tmp_path / "home")
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'g1'}"
     assert json.dumps(grade(1)[2], sort_keys=True).encode() in (
         sink_of(hub).read(sink_of(hub).list("grades")[0]) or b""

@@ -23,7 +23,6 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from publications import (
     Publisher,
-    environment,
     make_adapter,
     make_all,
     make_base,
@@ -149,7 +148,7 @@ def test_the_snippets_of_all_cards_run_on_a_machine_that_knows_only_the_hub(hub,
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     code += f"{snippet}\nprint('words', len(images))\n"
     code += "print(len(grades), grades[0]['grader'], agreement['measure'][0])\n"
-    variables = environment(hub, tmp_path / "other")
+    variables = hub.variables(tmp_path / "other")
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
@@ -176,7 +175,7 @@ def upload(hub: HubServer, place: Path, folder: Path, name: str) -> None:
     """What `hf upload` does."""
     code = f"from huggingface_hub import HfApi; api = HfApi(); api.create_repo({name!r})\n"
     code += f"api.upload_folder(repo_id={name!r}, folder_path={str(folder)!r})"
-    subprocess.run([sys.executable, "-c", code], env=environment(hub, place), check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], env=hub.variables(place), check=True, capture_output=True)
 
 
 def test_a_dry_run_makes_all_checks_prints_the_plan_and_changes_nothing(hub, publisher, originals, tmp_path):

@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 from hub import HubServer, serve
 from hub.faults import Fault
-from publications import Publisher, environment, make_candidates, make_reward
+from publications import Publisher, make_candidates, make_reward
 from safetensors.torch import load as load_tensors
 
 pytestmark = [pytest.mark.hub, pytest.mark.slow]
@@ -123,7 +123,7 @@ def test_four_publishers_and_four_sinks_lose_and_double_nothing_and_no_reader_se
         table = pyarrow.parquet.read_table(sets[-1] / "data" / "train-00000-of-00001.parquet")
         ids |= dict.fromkeys(table["image_id"].to_pylist(), mark)
     hub.store.create("models", "lab/reward")
-    variables, done = environment(hub, tmp_path / "reader"), tmp_path / "done"
+    variables, done = hub.variables(tmp_path / "reader"), tmp_path / "done"
     reader = subprocess.Popen([sys.executable, "-c", READ, str(done)], env=variables, stdout=subprocess.PIPE, text=True)
     publishers = [Publisher(hub, tmp_path / f"home-{number}") for number in range(PUBLISHERS)]
     assert all(publisher("--help")["code"] == 0 for publisher in publishers)  # all are up before it begins

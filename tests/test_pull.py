@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -44,16 +43,11 @@ def candidates(tmp_path: Path) -> ImageSet:
     return ImageSet.load(tmp_path / "candidates")
 
 
-def environment(hub: HubServer, folder: Path, token: str | None = None) -> dict[str, str]:
-    there = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home")}
-    return {**os.environ, **there, "HF_TOKEN": token or hub.token, "PYTHONPATH": str(PROJECT)}
-
-
 def start(hub: HubServer, folder: Path, *arguments: object, token: str | None = None) -> subprocess.Popen[str]:
     """`pathalign feedback pull`, in a process of its own."""
     words = [sys.executable, "-m", "pathalign.cli", "feedback", "pull", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words, env=environment(hub, folder, token), cwd=folder, text=True, **pipes)
+    return subprocess.Popen(words, env=hub.variables(folder / "home", token), cwd=folder, text=True, **pipes)
 
 
 def run(hub: HubServer, folder: Path, *arguments: object, token: str | None = None) -> tuple[int, str, str]:

@@ -65,9 +65,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def environment(hub: HubServer, folder: Path, **changes: str) -> dict[str, str]:
-    variables = {**os.environ, "PYTHONPATH": str(PROJECT), "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
-    variables |= {"HF_HOME": str(folder / "home"), "HF_TOKEN": hub.token, "PATHALIGN_SPACE_TOKEN": SPACE_TOKEN}
-    return {name: value for name, value in {**variables, **changes}.items() if value}
+    return hub.variables(folder / "home", **{"PATHALIGN_SPACE_TOKEN": SPACE_TOKEN, **changes})
 
 
 def command(*arguments: str) -> list[str]:

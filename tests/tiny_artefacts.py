@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import textwrap
@@ -107,9 +106,7 @@ def run(
 
     `HF_HOME` is `home` in the folder, where the process runs.
     """
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    variables |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home")}
-    variables |= {"HF_TOKEN": token or hub.token, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+    variables = hub.variables(folder / "home", token, **{"PYTHONPATH": "", **environment})
     command = [str(python), "-c", textwrap.dedent(code), *arguments]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -6,6 +6,7 @@ or from outside by `POST /-/faults`. There is no encryption and one lock: not fo
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from hub.faults import Fault, Faults
 from hub.store import Store
 from hub.web import json_body
 
+PROJECT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_loopback"
 USER = "lab"
 # Each has `routes()`; of two routes for one path the first is taken.
@@ -83,6 +85,14 @@ class HubServer:
     store: Store
     faults: Faults
     token: str = TOKEN
+
+    def variables(self, home: Path, token: str | None = None, **more: str) -> dict[str, str]:
+        """Environment of a process whose clients know this Hub only; an empty value takes a variable away."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        kept |= {"HF_ENDPOINT": self.endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+        kept |= {"HF_TOKEN": token or self.token, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        kept |= {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+        return {name: value for name, value in {**kept, **more}.items() if value}
 
 
 @contextmanager
