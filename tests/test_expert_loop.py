@@ -30,7 +30,6 @@ from pathalign.schema import InputError, RunRecord
 from pathalign.settings.feedback import FeedbackConfig
 from pathalign.settings.pull import CollectConfig
 
-PROJECT = Path(__file__).resolve().parents[1]
 # A server's replica with one grader at its page: `python -c GRADER STUDY STATE NAME COUNT`.
 GRADER = """
 import sys

@@ -18,7 +18,6 @@ from pathalign.grading.hub_sink import HubSink
 from pathalign.grading.outbox import Outbox
 from pathalign.grading.sinks import SinkBusy, SinkConflict, SinkError, SinkRefused
 
-PROJECT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.hub
 
 

@@ -27,7 +27,6 @@ from pathalign.jobs import JobSpec
 from pathalign.schema import InputError
 
 pytestmark = pytest.mark.hub
-PROJECT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_" + "t" * 34
 DATA = {"source": "phantom", "image_size_px": 16, "per_class": 4, "phantom_per_class": 24}
 

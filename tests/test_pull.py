@@ -27,7 +27,6 @@ from pathalign.images import ImageSet
 from pathalign.schema import Grade, InputError
 from pathalign.settings.pull import PullConfig
 
-PROJECT = Path(__file__).resolve().parents[1]
 SECRET_WORDS = "the nucleus of Mrs Lovelace"
 
 

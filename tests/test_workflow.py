@@ -20,8 +20,6 @@ from pathalign.ledger import LEDGER_NAME
 from pathalign.schema import InputError
 from pathalign.stages import Stage, Step
 
-PROJECT = Path(__file__).resolve().parents[1]
-
 
 @dataclass
 class SourceConfig(StageConfig):
