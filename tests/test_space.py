@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from small_study import images
 from test_hub_server import client
 
 from pathalign.grading.study import Study
+from pathalign.hub.space_files import collect_files
 from pathalign.images import ImageSet
 
 pytestmark = pytest.mark.hub
@@ -203,6 +205,18 @@ def test_the_space_holds_the_page_the_study_and_its_images_and_its_grades_reach_
     )
     dataset = repo_of(hub, "lab/study-grades", "datasets")
     assert any(path.startswith("grades/") for path in hub.store.tree(hub.store.resolve(dataset, "main")))
+
+
+def test_a_set_in_shards_goes_to_the_space_whole(study: Path):
+    folder = study.parent / "candidates"
+    whole = ImageSet.load(folder)
+    shutil.rmtree(folder)
+    for index in range(3):
+        whole.select(range(20 * index, 20 * index + 20)).save(folder, shard=(index, 3))
+    contents = collect_files(PAGE, study, "lab/study-grades", str(study.parent / WHEEL), zero_gpu=False).contents
+    names = [name for name in contents if name.startswith("candidates/")]
+    assert names == [f"candidates/data/train-0000{index}-of-00003.parquet" for index in range(3)]
+    assert all(contents[name] == study.parent / name for name in names)
 
 
 def test_a_token_that_does_more_or_less_than_write_the_one_dataset_is_refused(hub: HubServer, tmp_path: Path):

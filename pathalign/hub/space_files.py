@@ -105,13 +105,14 @@ def _images(study: Study) -> tuple[dict[str, Path], tuple[tuple[str, str], ...]]
 
 def _files_of(study: Study, key: str, folder: Path) -> list[Path]:
     """What a study reads from a folder, and nothing else of it."""
-    from pathalign.images import dataset_file
+    from pathalign.images import dataset_shards
 
     if key == "reward_model":
         found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
         return [path for path in found if path.name != "run.json"]  # holds paths of this machine
     split = study.references_split if key == "references" else "train"
-    return [dataset_file(folder, f"data/{split}-00000-of-00001.parquet")]
+    shards = dataset_shards(folder, split)
+    return [shards.path(index) for index in range(len(shards))]
 
 
 def _written(values: Mapping[str, Any]) -> bytes:
