@@ -26,6 +26,7 @@ from pathalign.settings.score import ScoreConfig
 
 PROJECT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((PROJECT / "training" / "slurm").glob("*.sbatch"))
+COMMANDS = {"align": (0, 1), "generate": (2, 0)}  # how often each says `pathalign`, and `accelerate launch`
 CONFIGS = {"finetune_ddpo": DDPOConfig, "generate_shards": GenerateConfig, "score_shards": ScoreConfig}
 # What `man sbatch` of Slurm 24 lists, as far as a script here may need it.
 SBATCH = "job-name nodes ntasks-per-node gpus-per-node gpus-per-task cpus-per-task time requeue output array".split()
@@ -91,11 +92,14 @@ def test_a_script_is_valid_and_stands_in_the_table(path: Path):
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_every_option_of_a_command_exists(path: Path):
     text = without_comments(path)
-    for command in re.findall(r"pathalign ((?:[a-z]+ )+)--", text):
+    commands = re.findall(r"pathalign ((?:[a-z]+ )+)--", text)
+    launches = re.findall(r"accelerate launch (.*?) training/\w+\.py", text)
+    assert (len(commands), len(launches)) == COMMANDS[path.stem]
+    for command in commands:
         result = CliRunner().invoke(main, [*command.split(), "--help"])
         assert result.exit_code == 0 and "--config" in result.output
     known = {option for action in launch_command_parser()._actions for option in action.option_strings}
-    for launch in re.findall(r"accelerate launch (.*?) training/\w+\.py", text):
+    for launch in launches:
         used = re.findall(r"--\w+", launch)
         assert len(used) > 5 and set(used) <= known
     for script in re.findall(r"training/\w+\.py", text):
