@@ -7,12 +7,15 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import psutil
 import pytest
 import yaml
 from hub import HubServer, serve
@@ -24,6 +27,7 @@ from pathalign.config import ConfigError
 from pathalign.hub.jobs import seconds
 from pathalign.images import ImageSet
 from pathalign.jobs import JobSpec
+from pathalign.reward import RewardModel, RewardModelConfig
 from pathalign.schema import InputError
 
 pytestmark = pytest.mark.hub
@@ -81,11 +85,28 @@ def wait_for(condition: Any, limit_s: float = 60) -> None:
         time.sleep(0.05)
 
 
+def command_lines_until(process: subprocess.Popen, text: str) -> set[str]:
+    """Command lines of all processes that the tests have started, until one has this text and some time after."""
+    seen: set[str] = set()
+    left = 20
+    while left and process.poll() is None:
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                seen.add(" ".join(child.cmdline()))
+        left -= any(text in line for line in seen)
+        time.sleep(0.05)
+    return seen
+
+
 def test_a_stage_runs_as_a_job_and_its_result_is_one_commit_of_a_private_repo(
     hub: HubServer, config: Path, tmp_path: Path
 ):
-    code, out, err = pathalign(hub, tmp_path, *arguments(config, "--yes", "--json"))
-    assert code == 0, err
+    process = start(hub, tmp_path, *arguments(config, "--yes", "--json"))
+    seen = command_lines_until(process, "jobs execute")  # the client's and the job's, as anybody here may read them
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert any("jobs run" in line for line in seen) and any("jobs execute" in line for line in seen)
+    assert TOKEN not in out + err + "".join(seen)
     printed = json.loads(out)
     job_id = printed["job"]["id"]
     assert printed["job"]["stage"] == "COMPLETED"
@@ -185,10 +206,13 @@ def test_the_plan_of_an_alignment_knows_its_cost_on_a_gpu(
 ):
     tiny_pipeline.save_pretrained(tmp_path / "base")
     tiny_images.save(tmp_path / "cells")
+    reward = RewardModel(RewardModelConfig(class_names=["a", "b", "c"], criteria=[], convnet_channels=[8, 8]))
+    reward.save_with_processor(tmp_path / "reward")
     upload = "api.create_repo('lab/{0}', repo_type='{1}'); api.upload_folder(repo_id='lab/{0}', repo_type='{1}', "
     upload += "folder_path='{0}')\n"
-    client(hub, tmp_path, upload.format("base", "model") + upload.format("cells", "dataset"), token=TOKEN)
-    values = {"method": "ddpo", "base_model": "lab/base", "reward_model": "lab/base", "data": "lab/cells"}
+    repos = (("base", "model"), ("reward", "model"), ("cells", "dataset"))
+    client(hub, tmp_path, "".join(upload.format(*repo) for repo in repos), token=TOKEN)
+    values = {"method": "ddpo", "base_model": "lab/base", "reward_model": "lab/reward", "data": "lab/cells"}
     values |= {"epochs": 2, "images_per_class": 2}
     path = tmp_path / "ddpo.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -211,7 +235,7 @@ def test_inputs_of_this_machine_are_refused_with_the_command_that_publishes_them
     code, _, err = pathalign(hub, tmp_path, *arguments(path, stage="reward"))
     assert code == 1
     assert "`data` is the folder cells, which the job does not see: `pathalign publish cells lab/cells`" in err
-    assert "`feedback` is lab/feedback, which is neither a folder here nor a repo that your token sees" in err
+    assert "`feedback`: There is no folder lab/feedback here, and the dataset 'lab/feedback' on" in err
     assert "encoder" not in err
     assert not any("POST" in request for request in hub.faults.requests)
 
@@ -222,6 +246,140 @@ def test_a_repo_that_holds_something_else_is_not_written_to(hub: HubServer, conf
     client(hub, tmp_path, code, token=TOKEN)
     code, _, err = pathalign(hub, tmp_path, *arguments(config, "--yes"))
     assert code == 1 and "holds files that pathalign did not make, such as thesis.tex" in err
+
+
+# What the checks of a job say, in one process that has the client's libraries in it.
+CHECKING = """
+import json
+from pathlib import Path
+from pathalign.jobs import JobSpec, push
+from pathalign.schema import InputError
+
+def make(name, repo_type, files, private=True):
+    api.create_repo(name, repo_type=repo_type, private=private)
+    adds = [CommitOperationAdd(path, content.encode()) for path, content in files.items()]
+    api.create_commit(name, adds, commit_message="files", repo_type=repo_type)
+
+def told(call, *given):
+    try:
+        return f"fine: {call(*given)}"
+    except InputError as error:
+        return str(error).replace("\\n", " ")
+"""
+
+
+def checked(hub: HubServer, folder: Path, code: str) -> list[str]:
+    """Lines that a program prints, with `make` and `told` at hand."""
+    project = str(Path(jobs.__file__).parents[1])
+    return client(hub, folder, CHECKING + textwrap.dedent(code), token=TOKEN, PYTHONPATH=project).splitlines()
+
+
+def test_a_result_never_replaces_one_of_another_kind_however_late_it_came(hub: HubServer, tmp_path: Path):
+    lines = checked(
+        hub,
+        tmp_path,
+        """
+        make("lab/published", "model", {"pathalign.json": json.dumps({"kind": "base", "files": {}})})
+        make("lab/made", "model", {"run.json": json.dumps({"stage": "pretrain"}), "model_index.json": "{}"})
+        make("lab/earlier", "model", {"pathalign.json": json.dumps({"kind": "graders", "files": {}})})
+        make("lab/empty", "model", {})
+        for name in ("published", "made", "earlier", "empty"):
+            print(told(JobSpec.make("graders", {}, f"lab/{name}").require_free_repo))
+        print(told(JobSpec.make("pretrain", {}, "lab/made").require_free_repo))
+        Path("result").mkdir()
+        Path("result/grader.json").write_text("{}")
+        print(told(push, Path("result"), JobSpec.make("graders", {}, "lab/made")))
+        print(sorted(api.list_repo_files("lab/made")))
+        """,
+    )
+    for line in (lines[0], lines[1], lines[5]):
+        assert "holds something of the kind base, and the result is of the kind graders. Choose another" in line
+    assert lines[2:5] == ["fine: True"] * 3
+    assert lines[6] == "['.gitattributes', 'model_index.json', 'run.json']"
+
+
+def test_what_graders_said_goes_to_no_public_repo_and_what_is_hidden_goes_nowhere(hub: HubServer, tmp_path: Path):
+    lines = checked(
+        hub,
+        tmp_path,
+        """
+        for repo_type in ("model", "dataset"):
+            make("lab/open", repo_type, {}, private=False)
+        experts = {"grade": {"method": "pull", "source": "lab/g", "comments": True}}
+        specs = [JobSpec.make(stage, {}, "lab/open") for stage in ("grade", "feedback", "data", "run")]
+        for spec in [JobSpec.make("run", experts, "lab/open"), *specs]:
+            print(told(spec.require_free_repo))
+        result = Path("result")
+        for path in ("a/b.json", ".grades.shards/grades/one.jsonl", "round-2/.grades.shards/two.jsonl", ".lock",
+                     "base/checkpoints/3.pt"):
+            (result / path).parent.mkdir(parents=True, exist_ok=True)
+            (result / path).write_text("{}")
+        print(told(push, result, JobSpec.make("run", experts, "lab/open")))
+        make("lab/run", "model", {})
+        print(told(push, result, JobSpec.make("run", experts, "lab/run")))
+        print(sorted(api.list_repo_files("lab/run")))
+        """,
+    )
+    for line in (*lines[:3], lines[5]):
+        assert "lab/open is PUBLIC, and the result holds what graders said. Make it private" in line
+    assert lines[3:5] == ["fine: False"] * 2  # a simulated grader's opinion is nobody's
+    assert lines[6].startswith("fine: ") and lines[7] == "['.gitattributes', 'a/b.json', 'pathalign.json']"
+
+
+def test_inputs_are_what_the_stages_take_with_revisions_and_prefixes(hub: HubServer, tmp_path: Path):
+    lines = checked(
+        hub,
+        tmp_path,
+        """
+        make("lab/base", "model", {"model_index.json": "{}", "unet/a.safetensors": "x"})
+        make("lab/cells", "dataset", {"data/train-00000-of-00001.parquet": "x"})
+        make("lab/g", "dataset", {"grades/one.jsonl": "{}"})
+
+        def inputs(stage, **values):
+            print(told(JobSpec.make(stage, values, "lab/out").require_hub_inputs))
+
+        inputs("generate", model="lab/base@main")
+        inputs("generate", model="lab/base", revision="main")
+        inputs("grade", method="pull", source="hf://datasets/lab/g", candidates="lab/cells", references=None)
+        inputs("data", source="lab/g")
+        inputs("generate", model="lab/g")
+        inputs("generate", model="lab/base@older")
+        inputs("generate", model="lab/base", adapter="lab/base")
+        inputs("generate", model="lab/base@main", revision="older")
+        inputs("data", source="lab/base")
+        inputs("data", source="lab/g", revision="older")
+        inputs("feedback", candidates="lab/cells", grades="lab/g")
+        inputs("generate", model="lab/out")
+        inputs("grade", method="pull", candidates="lab/cells", references=None)
+        inputs("run", grade={"method": "pull"})
+        """,
+    )
+    assert lines[:4] == ["fine: None"] * 4
+    wanted = [
+        "`model`: 'lab/g' on .* is a dataset; give a pipeline made by `pathalign pretrain` instead",
+        "`model`: .* has no revision 'older'",
+        "`adapter`: 'lab/base' on .* is a pipeline",
+        "`model`: .*contradict each other",
+        "`source`: 'lab/base' on .* is a model",
+        "`source`: .* has no revision 'older'",
+        "`grades` is lab/g, and must be a file or folder, which a job does not see; a run takes .*`method: pull`",
+        "`model` is lab/out, which the result would replace: choose another `--output-repo`",
+        "`source` of the stage grade is '', and experts cannot reach a folder of the job's machine: .*space deploy",
+        "`source` of the stage grade is '', and experts cannot reach a folder of the job's machine: .*space deploy",
+    ]
+    for line, pattern in zip(lines[4:], wanted, strict=True):
+        assert line.startswith("A job's inputs must be on the Hub: - ") and re.search(pattern, line), line
+        assert line.count(" - ") == 1, line
+
+
+def test_the_plan_says_that_the_machine_is_paid_for_while_experts_grade(hub: HubServer, tmp_path: Path):
+    hub.store.create("datasets", "lab/g", private=True)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"grade": {"method": "pull", "source": "lab/g", "min_grades": 40}}))
+    code, out, err = pathalign(hub, tmp_path, *arguments(path, "--dry-run", stage="run"))
+    assert code == 0, err
+    assert re.search(r"waits +for 40 grades in lab/g; the machine is paid for while it waits\n", out)
+    assert "Experts cannot see candidates that the job draws" in out
 
 
 @pytest.mark.parametrize(
@@ -283,7 +441,7 @@ def test_an_unknown_job_is_explained(hub: HubServer, tmp_path: Path):
 def test_what_a_run_makes_itself_is_no_input():
     spec = JobSpec.make("run", {"data": {"source": "lab/smear"}, "generate": {"adapter": "lab/adapter"}}, "lab/run")
     assert spec.repo_type == "model"
-    named = {(name, value) for name, value in spec.inputs() if "/" in value}
+    named = {(each.name, each.value) for each in spec.inputs() if "/" in each.value}
     assert named == {("source", "lab/smear"), ("adapter", "lab/adapter")}
 
 

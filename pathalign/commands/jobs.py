@@ -21,6 +21,7 @@ from pathalign.workflow import merge
 if TYPE_CHECKING:
     from pathalign.hub.jobs import Cost, Flavor
     from pathalign.jobs import JobSpec
+    from pathalign.settings.pull import CollectConfig
 
 ALL = "run"
 STAGE_NAMES = [ALL, *(stage.name for stage in STAGES), SCORE.name]
@@ -41,6 +42,7 @@ class Plan:
     command: list[str]
     private: bool
     new: bool
+    url: str  # of the output repo
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`; holds no secret."""
@@ -105,7 +107,7 @@ def run_command(
     if not detach:
         job = followed(job["id"], plan.namespace, err=True)
     result = {"job": job, "output_repo": output_repo, "repo_type": spec.repo_type, "plan": plan.as_json()}
-    print_result(result, as_json, job["id"] if detach else page(spec))
+    print_result(result, as_json, job["id"] if detach else plan.url)
 
 
 def planned(spec: JobSpec, flavor: str, timeout: str, package: str | None, namespace: str | None) -> Plan:
@@ -116,6 +118,7 @@ def planned(spec: JobSpec, flavor: str, timeout: str, package: str | None, names
     """
     from pathalign import jobs as work
     from pathalign.hub import jobs as hub
+    from pathalign.hub.commits import HubRepo
     from pathalign.remote import is_repo_id
 
     timeout_s, command = hub.seconds(timeout), work.command(work.package(package))
@@ -139,6 +142,7 @@ def planned(spec: JobSpec, flavor: str, timeout: str, package: str | None, names
         command=command,
         private=private is not False,
         new=private is None,
+        url=HubRepo(spec.output_repo, spec.repo_type).url,
     )
 
 
@@ -170,10 +174,26 @@ def text_of(plan: Plan) -> str:
         ("at most", f"{plan.timeout_s / 3600:g} h, ${cost.at_most_usd:.2f}"),
         ("cost", about),
         ("secret", "HF_TOKEN, the token that you are logged in with"),
+        *[("waits", text) for text in dict.fromkeys(map(waiting, spec.awaited())) if text],
         ("result", f"{spec.repo_type} {spec.output_repo} ({place})"),
         ("settings", indent(yaml.safe_dump(spec.values, sort_keys=False), " " * 12).strip()),
     ]
     return "\n".join(f"  {name:<9} {text}" for name, text in rows)
+
+
+def waiting(config: CollectConfig) -> str | None:
+    """What it means for whoever pays that a job waits for experts; None if it does not."""
+    from pathalign.jobs import FOLDER
+
+    wanted = [f"{config.min_grades} grades"] if config.min_grades else []
+    wanted += [f"{config.min_grades_per_class} grades of each class"] if config.min_grades_per_class else []
+    if not wanted:
+        return None
+    text = f"for {' and '.join(wanted)} in {config.source}; the machine is paid for while it waits"
+    if str(config.candidates).startswith(f"{FOLDER}/"):
+        hint = "Experts cannot see candidates that the job draws: give the stages grade and feedback a set on the Hub."
+        text += f"\n{' ' * 12}{hint}"
+    return text
 
 
 def started(plan: Plan) -> dict[str, Any]:
@@ -190,13 +210,6 @@ def started(plan: Plan) -> dict[str, Any]:
     environment = {work.VARIABLE: spec.to_json(), "PYTHONUNBUFFERED": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     name = f"pathalign-{spec.stage}"
     return hub.described(hub.start(plan.namespace, plan.command, environment, plan.machine.name, plan.timeout_s, name))
-
-
-def page(spec: JobSpec) -> str:
-    """Address of the output repo."""
-    from pathalign.remote import endpoint
-
-    return f"{endpoint()}/{'datasets/' if spec.repo_type == 'dataset' else ''}{spec.output_repo}"
 
 
 def followed(job_id: str, namespace: str | None, err: bool) -> dict[str, Any]:

@@ -17,7 +17,9 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from pathalign.remote import endpoint
+from pathalign.config import DATASET
+from pathalign.pinning import unusable
+from pathalign.remote import Reference, endpoint
 from pathalign.schema import InputError
 from pathalign.trainers import gpus
 
@@ -223,28 +225,18 @@ def cancel(job_id: str, namespace: str | None) -> None:
         HfApi().cancel_job(job_id=job_id, namespace=namespace)
 
 
-def exists(repo_id: str) -> bool:
-    """Whether the token sees a model or dataset of that name.
+def require_dataset(reference: Reference) -> None:
+    """See that the token may read a dataset of any form.
 
     Raises:
-        InputError: If the Hub refuses the token or cannot be reached.
+        InputError: If it may not, there is no such dataset or revision, or the Hub cannot be reached.
     """
-    with explained(f"look for {repo_id}"):
-        return any(HfApi().repo_exists(repo_id, repo_type=kind) for kind in ("model", "dataset"))
-
-
-def holds(repo_id: str, repo_type: str) -> tuple[list[str], bool] | None:
-    """Files of a repo and whether it is private, or None where the token sees no such repo.
-
-    Raises:
-        InputError: If the Hub refuses the token or cannot be reached.
-    """
-    with explained(f"look at the {repo_type} {repo_id}"):
-        api = HfApi()
-        if not api.repo_exists(repo_id, repo_type=repo_type):
-            return None
-        info = api.dataset_info(repo_id) if repo_type == "dataset" else api.model_info(repo_id)
-        return [file.rfilename for file in info.siblings or []], bool(info.private)
+    api = HfApi()
+    try:
+        api.repo_info(reference.name, repo_type="dataset", revision=reference.revision)
+        api.auth_check(reference.name, repo_type="dataset")  # a gated one shows what it holds to anybody
+    except Exception as error:  # of httpx, of the client, of the operating system: `unusable` tells them apart
+        raise unusable(error, reference, DATASET) from error
 
 
 def make_repo(repo_id: str, repo_type: str) -> str:
