@@ -47,8 +47,7 @@ def artefact(output_dir: str | Path, *, scratch: tuple[str, ...] = ("checkpoints
         working.mkdir(parents=True, exist_ok=True)
         yield working
         return
-    if output_dir.exists() and not _replaceable(output_dir):
-        raise InputError(f"{output_dir} holds files that pathalign did not make. Choose another output folder.")
+    check_place(output_dir)
     try:
         working.mkdir(parents=True, exist_ok=True)
         probe = working / ".writable"
@@ -77,9 +76,16 @@ def artefact(output_dir: str | Path, *, scratch: tuple[str, ...] = ("checkpoints
         working.rename(output_dir)
 
 
-def _replaceable(output_dir: Path) -> bool:
-    """Whether nothing but an artefact, or an empty folder, stands here."""
-    return output_dir.is_dir() and ((output_dir / "run.json").is_file() or not any(output_dir.iterdir()))
+def check_place(output_dir: Path) -> None:
+    """See that nothing but an artefact, or an empty folder, stands where one is to be made.
+
+    Raises:
+        InputError: If something else stands there.
+    """
+    if not output_dir.exists():
+        return
+    if not output_dir.is_dir() or (not (output_dir / "run.json").is_file() and any(output_dir.iterdir())):
+        raise InputError(f"{output_dir} holds files that pathalign did not make. Choose another output folder.")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -249,7 +249,7 @@ def execute(
         run_dir: Directory of the folders; one process at a time may work in it.
         start: Stage that is run in any case, as all after it are; in the last round that has it.
         until: Last stage that is run, in the last round that has it.
-        new_grades: Whether to look for grades that have come since they were taken.
+        new_grades: Whether to look for grades that have come since they were taken, each time that it is asked for.
 
     Raises:
         ConfigError: If there is no such stage, or `until` comes before `start`.
@@ -261,21 +261,19 @@ def execute(
         problems = [f"`{until}` comes before `{start}`; the order is {', '.join(names)}."]
     if problems:
         raise ConfigError("Stages", problems)
-    forced = jobs[_places(jobs, start)[0] :] if start else []
-    forced += [job for job in jobs if new_grades and job.stage.name == "grade"]
+    first = _places(jobs, start)[0] if start else len(jobs)
     jobs = jobs[: _places(jobs, until)[-1] + 1] if until else jobs
     with _locked(run_dir):
         ledger = Ledger(run_dir)
-        if forced:
-            ledger.force(
-                " ".join([start or "", "new grades" * new_grades]).strip(), [job.step.folder for job in forced]
-            )
+        if start:
+            ledger.force(start, [job.step.folder for job in jobs[first:]])
         held = _held_by_graders(jobs, ledger)
         contents: dict[str, str] = {}
         results = []
         for number, job in enumerate(jobs, 1):
             place = f"[{number}/{len(jobs)}]"
-            results.append(_execute(job, place, ledger, contents, held=job.step.folder in held))
+            look = new_grades and job.stage.name == "grade"
+            results.append(_execute(job, place, ledger, contents, held=job.step.folder in held, again=look))
         ledger.forced_from = None
         ledger.save()
     return results
@@ -305,9 +303,14 @@ def _held_by_graders(jobs: list[Job], ledger: Ledger) -> set[str]:
     return held
 
 
-def _execute(job: Job, place: str, ledger: Ledger, contents: dict[str, str], held: bool = False) -> StepResult:
+def _execute(
+    job: Job, place: str, ledger: Ledger, contents: dict[str, str], held: bool = False, again: bool = False
+) -> StepResult:
+    """Make a folder, or keep it if it is as it was made; one of `again` is made anew, and its old state known if that
+    fails.
+    """
     name, key = job.step.folder, _key(job, contents)
-    kept = ledger.content(job, key) or (ledger.content(job) if held else None)
+    kept = None if again else ledger.content(job, key) or (ledger.content(job) if held else None)
     if kept is not None and ledger.steps[name]["key"] != key:
         why = "kept, though settings or inputs have changed: images that graders have rest on it"
         say(f"{place} {job.label}: {why} (another `--output-dir` starts afresh)")

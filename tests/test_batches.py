@@ -60,6 +60,13 @@ def test_a_row_sent_again_may_differ_in_what_the_server_adds_but_not_in_what_was
     assert not row.says_the_same_as(Row.make("session", "g1", {"session_id": "g1", "grader": "grader-1"}))
 
 
+def test_a_simulated_grade_is_no_copy_of_an_experts():
+    grade = {key: value for key, value in GRADE.items() if key != "simulated"}
+    row = Row.make("grade", "g1", grade)
+    assert row.says_the_same_as(Row.make("grade", "g1", {**grade, "simulated": False}))
+    assert not row.says_the_same_as(Row.make("grade", "g1", {**grade, "simulated": True}))
+
+
 def test_a_path_names_kind_day_replica_sequence_and_content():
     content = b"{}\n"
     path = batch_path("preference", "2026-03-01", "abc", 7, content)

@@ -23,12 +23,14 @@ from pathalign.artefacts import fingerprint
 from pathalign.config import ConfigError
 from pathalign.feedback import build
 from pathalign.grades import read_grades
+from pathalign.grading import commission
 from pathalign.grading.commission import collect
-from pathalign.grading.study import Study
+from pathalign.grading.pull import pull
+from pathalign.grading.study import Study, study_secret
 from pathalign.images import ImageSet
-from pathalign.schema import InputError, RunRecord
+from pathalign.schema import Grade, InputError, RunRecord
 from pathalign.settings.feedback import FeedbackConfig
-from pathalign.settings.pull import CollectConfig
+from pathalign.settings.pull import CollectConfig, PullConfig
 
 # A server's replica with one grader at its page: `python -c GRADER STUDY STATE NAME COUNT`.
 GRADER = """
@@ -199,6 +201,68 @@ def test_a_runs_study_goes_to_a_folder_and_graders_can_start_with_it_at_once(tmp
     assert "a note of the lab's" in (run / "study.yaml").read_text()
     moved = run.rename(tmp_path / "moved")
     assert Study.load(moved / "study.yaml").sink == str(moved / "expert_grades")
+
+
+def test_a_run_without_a_source_gathers_grades_in_its_own_folder_wherever_it_is_called_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    images(12, 0).save(tmp_path / "run" / "candidates")
+    config = CollectConfig(candidates="run/candidates", references=None, min_grades=1, timeout_s=0.1, poll_s=0.1)
+    with pytest.raises(InputError, match=r"expert_grades has 0 of 1 grades"):
+        collect(config, "run/grades")
+    assert yaml.safe_load(Path("run/study.yaml").read_text())["sink"] == "expert_grades"
+    assert Study.load("run/study.yaml").sink == str(tmp_path / "run" / "expert_grades")
+    assert "space deploy" not in capsys.readouterr().err
+
+
+def test_a_study_sends_grades_to_the_dataset_and_not_to_the_revision_that_the_run_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stopped(config: CollectConfig, output_dir: Path) -> RunRecord:
+        raise InputError(f"would pull {config.source} at {config.revision}")
+
+    monkeypatch.setattr(commission, "pull", stopped)
+    images(12, 0).save(tmp_path / "candidates")
+    config = CollectConfig(source="lab/grades@pilot", candidates=str(tmp_path / "candidates"), references=None)
+    with pytest.raises(InputError, match="would pull hf://datasets/lab/grades at pilot"):
+        collect(config, tmp_path / "grades")
+    assert Study.load(tmp_path / "study.yaml").sink == "hf://datasets/lab/grades"
+
+
+def test_simulated_grades_are_none_of_those_that_a_run_by_experts_waits_for(tmp_path: Path):
+    images(12, 0).save(tmp_path / "candidates")
+    made = ImageSet.load(tmp_path / "candidates")
+    pairs = list(zip(made.image_ids, made.labels(), strict=True))
+    said = [Grade(f"g{n}", *pair, "plausible", f"simulated-{n % 2}", simulated=True) for n, pair in enumerate(pairs)]
+    said[0] = Grade("g0", *pairs[0], "plausible", "grader-1")
+    (tmp_path / "in" / "grades").mkdir(parents=True)
+    (tmp_path / "in" / "grades" / "all.jsonl").write_text("".join(f"{grade.to_json()}\n" for grade in said))
+    given = {"source": str(tmp_path / "in"), "candidates": str(tmp_path / "candidates"), "timeout_s": 0.1}
+    with pytest.raises(InputError, match=r"1 of 5 grades by 1 grader \(a 1, b 0, c 0\) and 11 simulated, which do not"):
+        collect(CollectConfig(**given, references=None, min_grades=5), tmp_path / "grades")
+    record = collect(CollectConfig(**given, references=None, min_grades=1), tmp_path / "grades")
+    assert (record.metrics["n_grades"], record.metrics["n_simulated"], record.metrics["lacking"]) == (12, 11, 11)
+    assert pull(PullConfig(**given, min_grades=5), tmp_path / "pulled").metrics["lacking"] == 0
+
+
+def test_graders_keep_their_pseudonyms_from_round_to_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.delenv("PATHALIGN_STUDY_SECRET", raising=False)
+    images(12, 0).save(tmp_path / "candidates")
+    given = {"candidates": str(tmp_path / "candidates"), "references": None, "timeout_s": 0.1, "min_grades": 1}
+    for number in (1, 2, 3):
+        last = str(tmp_path / f"{number - 1}" / "study.yaml") if number > 1 else None
+        (tmp_path / f"{number}").mkdir()
+        with pytest.raises(InputError, match="0 of 1 grades"):
+            collect(CollectConfig(**given, study=last), tmp_path / f"{number}" / "grades")
+        if number == 1:
+            secret = study_secret(tmp_path / "1" / "study.state")  # as its server makes it
+        if number == 2:
+            assert study_secret(tmp_path / "2" / "study.state") == secret
+            assert (tmp_path / "2" / "study.state" / "secret").stat().st_mode & 0o077 == 0
+            (tmp_path / "2" / "study.state" / "secret").unlink()  # graded elsewhere
+            assert "PATHALIGN_STUDY_SECRET" not in capsys.readouterr().err
+    assert "keeps a pseudonym only if PATHALIGN_STUDY_SECRET is the same here" in capsys.readouterr().err
 
 
 def test_a_further_round_repeats_what_depends_on_grades_and_joins_all_of_them():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +22,8 @@ from pathalign.grading.batches import batch_path
 from pathalign.grading.hub_sink import HubSink
 from pathalign.grading.merging import coverage, lacking, merge
 from pathalign.grading.outbox import Outbox
-from pathalign.grading.pull import pull, wait_for
-from pathalign.grading.shards import HubShards
+from pathalign.grading.pull import next_command, pull, wait_for
+from pathalign.grading.shards import FolderShards, HubShards, open_shards, referred
 from pathalign.grading.sinks import FolderSink, Sink
 from pathalign.images import ImageSet
 from pathalign.schema import Grade, InputError
@@ -114,13 +116,14 @@ def test_grades_of_two_servers_are_merged_at_one_commit_and_new_ones_are_added(
     assert printed["inputs"]["grades"] == first
     assert (metrics["files"], metrics["fetched"], metrics["rows"]) == (3, 3, 16)
     assert (metrics["duplicates"], metrics["superseded"], metrics["unknown_images"]) == (2, 1, 1)
-    assert metrics["graders"] == {"grader-1": 8, "grader-2": 4}  # seven grades and a choice; a name became a number
+    called = f"grader-{hashlib.sha256(b'Dr. Lovelace').hexdigest()[:8]}"
+    assert metrics["graders"] == {"grader-1": 8, called: 4}  # seven grades and a choice; a name became a hash
     assert metrics["rubric_versions"] == {"1": 1, "2": 10} and metrics["simulated"] is False
     assert metrics["classes"]["a"] == {"candidates": 10, "graded": 2, "grades": 4, "grades_per_image": 2.0}
     assert printed["next"] == "pathalign feedback --candidates candidates --grades out"
     kept = {grade.grade_id: grade for grade in read_grades(tmp_path / "out")}
     assert sorted(kept) == sorted(["g0", "g1", "g2", "g4", "g5", "g6", "g10", "g11", "g12", "g13", "g21"])
-    assert kept["g6"].verdict == "implausible" and kept["g10"].grader == "grader-2"
+    assert kept["g6"].verdict == "implausible" and kept["g10"].grader == called
     lacks = json.loads((tmp_path / "out" / "lacking.json").read_text())
     assert {name: len(ids) for name, ids in lacks.items()} == {"a": 8, "b": 7, "c": 8}
     check_privacy(hub, tmp_path / "out", output + errors)
@@ -138,11 +141,12 @@ def test_grades_of_two_servers_are_merged_at_one_commit_and_new_ones_are_added(
     assert "g30" in {grade.grade_id for grade in read_grades(tmp_path / "out")}
     assert SECRET_WORDS in (tmp_path / "out" / "grades.jsonl").read_text()
 
-    code, output, errors = run(
-        hub, tmp_path, "hf://datasets/lab/grades", "--revision", first, "--output-dir", "old", "--json"
-    )
+    code, output, errors = run(hub, tmp_path, f"lab/grades@{first}", "--output-dir", "old", "--json")
     assert code == 0, errors
     assert json.loads(output)["inputs"]["grades"] == first
+    assert json.loads(output)["next"] == (
+        f"pathalign feedback pull hf://datasets/lab/grades --revision {first} --candidates CANDIDATES --output-dir old"
+    )
     assert "g30" not in {grade.grade_id for grade in read_grades(tmp_path / "old")}
 
 
@@ -277,8 +281,71 @@ def test_a_folder_takes_the_place_of_a_repo(tmp_path: Path, candidates: ImageSet
     assert len(current_grades(read_grades(tmp_path / "out")).grades) == 9
     with pytest.raises(InputError, match="is a file; give the folder or dataset"):
         pull(PullConfig(source="out/run.json"), tmp_path / "out")
-    with pytest.raises(InputError, match="which has none"):
+    with pytest.raises(InputError, match="is a folder here; leave it out"):
         pull(PullConfig(source="gathered", revision="main"), tmp_path / "out")
+
+
+def test_a_grader_is_called_the_same_in_every_pull_whoever_else_has_graded(tmp_path: Path, candidates: ImageSet):
+    names = ["Ada Lovelace", "Grace Hopper", "grader-0a1b2c3d"]
+    rounds = {"one": names[1:], "two": names[:2], "three": names[::-1]}
+    called: dict[str, set[str]] = {name: set() for name in names}
+    for folder, people in rounds.items():
+        said = [row(candidates, number, number, grader=name) for number, name in enumerate(people)]
+        write(tmp_path / folder, "grade", *said)
+        pull(PullConfig(source=str(tmp_path / folder)), tmp_path / f"{folder}-pulled")
+        found = {grade.grade_id: grade.grader for grade in read_grades(tmp_path / f"{folder}-pulled")}
+        for number, name in enumerate(people):
+            called[name].add(found[f"g{number}"])
+    assert [len(found) for found in called.values()] == [1, 1, 1]  # one name each, in all rounds
+    assert len(set.union(*called.values())) == 3 and called["grader-0a1b2c3d"] == {"grader-0a1b2c3d"}
+    assert not [found for found in set.union(*called.values()) if "Ada" in found or "Grace" in found]
+
+
+def test_a_dataset_may_be_named_with_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for source, revision in (("lab/grades@v1", None), ("hf://datasets/lab/grades@v1", "v1"), ("lab/grades", "v1")):
+        shards = open_shards(referred(source, revision))
+        assert isinstance(shards, HubShards) and (shards.repo_id, shards.revision) == ("lab/grades", "v1")
+    (tmp_path / "lab" / "grades").mkdir(parents=True)
+    assert isinstance(open_shards(referred("lab/grades")), FolderShards)
+    assert isinstance(open_shards(referred("hf://datasets/lab/grades@v1")), HubShards)
+    assert isinstance(open_shards(referred("./me@lab/grades")), FolderShards)
+    for source, revision, wrong in (
+        ("hf://datasets/lab/grades@v1", "v2", "contradict each other"),
+        ("hf://datasets/lab/grades@", None, "names no revision"),
+        ("lab/other@v1", "v2", "contradict each other"),
+        ("./absent", "v1", "is a folder; leave it out"),
+        ("s3://lab/grades", None, "use a folder, or hf://datasets"),
+    ):
+        with pytest.raises(InputError, match=wrong):
+            referred(source, revision)
+
+
+def test_without_candidates_the_next_command_pulls_again_with_them(tmp_path: Path, candidates: ImageSet):
+    write(tmp_path / "in", "grade", row(candidates, 1, 1))
+    record = pull(PullConfig(source=str(tmp_path / "in"), comments=True), tmp_path / "out")
+    assert next_command(record, "out") == (
+        f"pathalign feedback pull {tmp_path / 'in'} --candidates CANDIDATES --comments --output-dir out"
+    )
+    record = pull(PullConfig(source=str(tmp_path / "in"), candidates=str(tmp_path / "candidates")), tmp_path / "out")
+    assert next_command(record, "out") == f"pathalign feedback --candidates {tmp_path / 'candidates'} --grades out"
+
+
+def test_a_wait_that_is_shorter_than_the_pause_between_looks_ends_with_a_look(tmp_path: Path, candidates: ImageSet):
+    later = threading.Timer(0.2, write, (tmp_path / "in", "grade", row(candidates, 1, 1)))
+    later.start()
+    record = pull(PullConfig(source=str(tmp_path / "in"), min_grades=1, timeout_s=0.8, poll_s=60), tmp_path / "out")
+    later.join()
+    assert record.metrics["n_grades"] == 1
+    with pytest.raises(InputError, match=r"has 1 of 2 grades by 1 grader after 0\.1 s"):
+        pull(PullConfig(source=str(tmp_path / "in"), min_grades=2, timeout_s=0.1, poll_s=60), tmp_path / "out")
+
+
+def test_a_folder_of_something_else_is_refused_before_the_wait(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="holds files that pathalign did not make"):
+        pull(PullConfig(source=str(tmp_path / "in"), min_grades=1, timeout_s=0.1), tmp_path / "out")
 
 
 def test_ids_that_stand_for_different_grades_are_a_conflict_and_nothing_is_written(

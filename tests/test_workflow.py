@@ -8,7 +8,7 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
@@ -66,10 +66,10 @@ class Loop:
     def copy(self, config: CopyConfig, output_dir: Path) -> None:
         self.work(output_dir, (Path(config.source) / "text").read_text() + config.suffix)
 
-    def __call__(self, start=None, until=None, **sections) -> list[str]:
+    def __call__(self, start=None, until=None, new_grades=False, **sections) -> list[str]:
         """Names of the folders that this run made."""
         self.made = []
-        workflow.execute(workflow.plan(sections, self.run_dir), self.run_dir, start, until)
+        workflow.execute(workflow.plan(sections, self.run_dir), self.run_dir, start, until, new_grades)
         return self.made
 
 
@@ -176,6 +176,31 @@ def test_until_ends_early_and_from_runs_again(loop):
     assert loop(start="graders") == ["grader", "judge", "report"]
     assert loop(start="pretrain", until="pretrain") == ["base"]
     assert loop(start="pretrain", until="pretrain") == ["base"]
+
+
+def test_new_grades_are_looked_for_whenever_that_is_asked_for_and_at_no_other_time(loop, monkeypatch):
+    come = count()
+    vars(sys.modules["fake_stages"])["look"] = lambda config, output_dir: loop.work(output_dir, str(next(come)))
+    settings = "fake_stages:CopyConfig"
+    table = (
+        Stage("data", "fake_stages:write", "fake_stages:SourceConfig", (Step("data"),)),
+        Stage("grade", "fake_stages:look", settings, (Step("grades", {"source": "data"}),)),
+        Stage("feedback", "fake_stages:copy", settings, (Step("feedback", {"source": "grades"}),)),
+    )
+    for module in (stages, workflow):
+        monkeypatch.setattr(module, "STAGES", table)
+    assert loop() == ["data", "grades", "feedback"]
+    loop.interrupt_in = "feedback"
+    with pytest.raises(KeyboardInterrupt):
+        loop(new_grades=True)
+    loop.interrupt_in = ""
+    assert loop(new_grades=True) == ["grades", "feedback"]  # more may have come since the run that failed
+    assert loop(new_grades=True, until="data") == []
+    assert loop() == []
+    loop.interrupt_in = "grades"
+    with pytest.raises(KeyboardInterrupt):
+        loop(new_grades=True)
+    assert loop() == []  # a look that failed takes away nothing
 
 
 def test_wrong_stages_are_refused_before_anything_runs(loop):

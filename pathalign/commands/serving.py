@@ -62,7 +62,7 @@ def serve_command(
     machine.
     """
     from pathalign.grading.gate import LOCAL_HOSTS
-    from pathalign.grading.study import Study
+    from pathalign.grading.study import Study, default_state_dir
 
     path = study or _make_example(EXAMPLE_DIR)
     loaded = Study.load(path)
@@ -93,17 +93,12 @@ def invite_command(study: Path, name: str, address: str, state_dir: Path | None)
     The link is a password: hand it to that person only. It is not stored, and cannot be shown again.
     """
     from pathalign.grading.access import Invites, check_invitable
-    from pathalign.grading.study import Study
+    from pathalign.grading.study import Study, default_state_dir
 
     loaded = Study.load(study)
     check_invitable(name, [person.name for person in loaded.people], loaded.owners)
     token = Invites((state_dir or default_state_dir(study)) / "invites.json").create(name)
     click.echo(f"{address.rstrip('/')}/enter#{token}")
-
-
-def default_state_dir(study: Path) -> Path:
-    """Where a study served from this machine keeps its state: beside it."""
-    return study.with_suffix(".state")
 
 
 def local_access(study: Study, state_dir: Path, single_user: bool = False) -> Access:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from pathalign.commands.printing import JSON_HELP, print_result, quiet
-from pathalign.commands.serving import default_state_dir, spaces_dir
+from pathalign.commands.serving import spaces_dir
 from pathalign.hub.space_plan import VISIBILITIES
 from pathalign.hub.space_token import TOKEN_VARIABLE
 from pathalign.schema import InputError
@@ -62,6 +62,7 @@ def deploy_command(
     """
     token = (os.environ.get(TOKEN_VARIABLE) or "").strip() or None
     with quiet():
+        from pathalign.grading.study import default_state_dir
         from pathalign.hub.space import deploy
         from pathalign.hub.space_plan import Wish, plan
 

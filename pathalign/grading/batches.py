@@ -87,7 +87,9 @@ class Row:
     def says_the_same_as(self, other: Row) -> bool:
         """Whether this is the other row sent again, perhaps with another time of arrival or app version."""
         mine, others = self.content, other.content
-        return self.kind == other.kind and all(mine.get(key) == others.get(key) for key in SAID)
+        said = all(mine.get(key) == others.get(key) for key in SAID)
+        by_like = bool(mine.get("simulated")) == bool(others.get("simulated"))  # false where it is left out
+        return self.kind == other.kind and said and by_like
 
 
 def _whole_characters(value: Any) -> Any:

@@ -13,11 +13,11 @@ import yaml
 from pathalign.artefacts import write_atomically
 from pathalign.config import read_yaml
 from pathalign.grading.pull import pull, summary
+from pathalign.grading.shards import referred
 from pathalign.grading.sinks import HUB_PREFIX
-from pathalign.grading.study import Study
+from pathalign.grading.study import SECRET_VARIABLE, Study, default_state_dir, share_secret
 from pathalign.images import ImageSet
 from pathalign.progress import say
-from pathalign.remote import is_repo_id
 from pathalign.schema import RunRecord
 from pathalign.settings.pull import STUDY, CollectConfig
 
@@ -32,9 +32,11 @@ HEADER = """\
 def collect(config: CollectConfig, output_dir: str | Path) -> RunRecord:
     """Hand the candidates to graders and wait for their grades.
 
-    Beside `output_dir` stands `study.yaml`, which names candidates and sink; it is written unless it is there. A run
-    knows the grades that it used by the content of `output_dir`: taking another state of them makes feedback and all
-    after it run again, and what has come since does not.
+    Beside `output_dir` stands `study.yaml`, which names candidates and sink; it is written unless it is there. Graders
+    of the study that it is made from, such as the last round's, keep their pseudonyms if that one's state is here.
+
+    A run knows the grades that it used by the content of `output_dir`: taking another state of them makes feedback and
+    all after it run again, and what has come since does not.
 
     Args:
         config: Without a `source` grades gather in the folder `expert_grades` beside `output_dir`.
@@ -45,9 +47,11 @@ def collect(config: CollectConfig, output_dir: str | Path) -> RunRecord:
     """
     output_dir = Path(output_dir)
     path = output_dir.parent / STUDY
-    config = replace(config, source=config.source or str(output_dir.parent / SINK))
-    on_hub = config.source.startswith(HUB_PREFIX) or is_repo_id(config.source)
-    sink = HUB_PREFIX + config.source.removeprefix(HUB_PREFIX) if on_hub else str(Path(config.source).absolute())
+    own = output_dir.parent.absolute() / SINK  # absolute: `run/expert_grades` could be a dataset's name too
+    source = referred(config.source or str(own), config.revision)
+    config = replace(config, source=source.name, revision=source.revision)
+    on_hub = source.name.startswith(HUB_PREFIX)
+    sink = source.name if on_hub else str(Path(source.name).absolute())
     if not path.is_file():
         write_study(path, config, sink)
     study = Study.load(path)
@@ -60,6 +64,9 @@ def collect(config: CollectConfig, output_dir: str | Path) -> RunRecord:
     if on_hub:
         say(f"or as a Space:\n  pathalign space deploy ORG/NAME --study {name}")
     _say_if_too_few(config, study)
+    last = config.study
+    if last is not None and not share_secret(default_state_dir(Path(last)), default_state_dir(path)):
+        say(f"Whoever has graded {last} keeps a pseudonym only if {SECRET_VARIABLE} is the same here as it was there.")
     record = pull(config, output_dir)
     say(summary(record, output_dir))
     return record

@@ -7,6 +7,7 @@ commit -> fetch what is new -> merge and check -> enough? -> artefact
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -20,16 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pathalign.artefacts import artefact, fingerprint
-from pathalign.grading.exports import pseudonyms_for
+from pathalign.artefacts import artefact, check_place, fingerprint
+from pathalign.grading.exports import PSEUDONYM
 from pathalign.grading.merging import ClassCoverage, Merged, coverage, lacking, merge
 from pathalign.grading.outbox import Retry
-from pathalign.grading.shards import Shards, SourceMissing, open_shards
+from pathalign.grading.shards import Shards, SourceMissing, open_shards, referred
 from pathalign.grading.sinks import SinkBusy
 from pathalign.images import ImageSet
 from pathalign.pinning import pinned
 from pathalign.progress import say
-from pathalign.schema import InputError, RunRecord
+from pathalign.schema import Grade, InputError, RunRecord
 from pathalign.settings.pull import PullConfig
 
 PATIENCE_S = 60.0  # with a Hub that does not answer, where nobody asked to wait
@@ -47,6 +48,7 @@ class Look:
         commit: Of the source.
         files: Number of its files, and how many of these came just now.
         merged: What stands in them, about candidates only.
+        counted: Those of its grades that count towards what is waited for.
         unknown: Grades and preferences left out because they are about other images.
         classes: Class -> how far it is graded; None where no candidates are known.
         labels: Image id -> class of the candidates.
@@ -55,6 +57,7 @@ class Look:
     commit: str
     files: tuple[int, int]
     merged: Merged
+    counted: tuple[Grade, ...]
     unknown: int
     classes: dict[str, ClassCoverage] | None
     labels: Mapping[str, str]
@@ -62,7 +65,7 @@ class Look:
     def enough(self, config: PullConfig) -> bool:
         """Whether there are as many grades as are waited for, in all and of each class."""
         least = min((found.grades for found in (self.classes or {}).values()), default=0)
-        return len(self.merged.grades) >= config.min_grades and least >= config.min_grades_per_class
+        return len(self.counted) >= config.min_grades and least >= config.min_grades_per_class
 
     def text(self, config: PullConfig) -> str:
         """How many grades there are, of how many, by class."""
@@ -70,8 +73,10 @@ class Look:
         least = f" of {config.min_grades_per_class}" if config.min_grades_per_class else ""
         by_class = self.classes or {}
         parts = ", ".join(f"{name} {found.grades}{least}" for name, found in by_class.items())
-        people = _count(len({grade.grader for grade in self.merged.grades}), "grader")
-        return f"{len(self.merged.grades)}{wanted} grades by {people}{f' ({parts})' if parts else ''}"
+        people = _count(len({grade.grader for grade in self.counted}), "grader")
+        others = len(self.merged.grades) - len(self.counted)
+        left_out = f" and {others} simulated, which do not count" if others else ""
+        return f"{len(self.counted)}{wanted} grades by {people}{f' ({parts})' if parts else ''}{left_out}"
 
 
 def pull(config: PullConfig, output_dir: str | Path) -> RunRecord:
@@ -87,9 +92,11 @@ def pull(config: PullConfig, output_dir: str | Path) -> RunRecord:
         InputError: If the source cannot be read, a file or row cannot be used, ids stand for different rows, or there
             are not enough grades in time.
     """
-    started, config = time.monotonic(), pinned(config)
-    output_dir = Path(output_dir)
-    shards = open_shards(config.source, config.revision)
+    started, output_dir = time.monotonic(), Path(output_dir)
+    check_place(output_dir)
+    source = referred(config.source, config.revision)
+    config = pinned(replace(config, source=source.name, revision=source.revision))
+    shards = open_shards(source)
     labels: dict[str, str] = {}
     if config.candidates is not None:
         images = ImageSet.load(config.candidates)
@@ -121,15 +128,15 @@ def wait_for(config: PullConfig, shards: Shards, labels: Mapping[str, str], kept
         try:
             commit = retried(shards.commit, shards.name, patience)
         except SourceMissing as error:  # deploying a Space makes its dataset
-            if not waits or look is not None or time.monotonic() + config.poll_s > deadline:
+            if not waits or look is not None or time.monotonic() >= deadline:
                 raise
             if not told:
                 say(f"{error} {every}")
             told = True
-            time.sleep(config.poll_s)
+            _rest(config.poll_s, deadline)
             continue
         if look is None or look.commit != commit:
-            look = retried(partial(look_at, shards, commit, labels, kept), shards.name, patience)
+            look = retried(partial(look_at, config, shards, commit, labels, kept), shards.name, patience)
             if not waits and not (look.merged.grades or look.merged.preferences):
                 raise InputError(_nothing(shards.name, look))
             if look.enough(config):
@@ -140,12 +147,17 @@ def wait_for(config: PullConfig, shards: Shards, labels: Mapping[str, str], kept
                 f"Commit {commit[:10]} of {shards.name} has {look.text(config)}, and a commit gets no more. "
                 "Leave out `revision`, or lower `min_grades`."
             )
-        if time.monotonic() + config.poll_s > deadline:
+        if time.monotonic() >= deadline:
             raise InputError(_too_few(config, shards.name, look))
-        time.sleep(config.poll_s)
+        _rest(config.poll_s, deadline)
 
 
-def look_at(shards: Shards, commit: str, labels: Mapping[str, str], kept: Path) -> Look:
+def _rest(poll_s: float, deadline: float) -> None:
+    """Sleep until the next look, the last of which is at the deadline."""
+    time.sleep(max(0.0, min(poll_s, deadline - time.monotonic())))
+
+
+def look_at(config: PullConfig, shards: Shards, commit: str, labels: Mapping[str, str], kept: Path) -> Look:
     """Fetch, merge and check what is there at a commit."""
     fetched = shards.fetch(commit, kept)
     merged = merge(fetched.files)
@@ -155,8 +167,9 @@ def look_at(shards: Shards, commit: str, labels: Mapping[str, str], kept: Path) 
         pairs = tuple(row for row in merged.preferences if {row.left_image_id, row.right_image_id} <= labels.keys())
         unknown = len(merged.grades) + len(merged.preferences) - len(grades) - len(pairs)
         merged = replace(merged, grades=grades, preferences=pairs)
-    classes = coverage(merged.grades, labels) if labels else None
-    return Look(commit, (len(fetched.files), fetched.new), merged, unknown, classes, labels)
+    counted = tuple(grade for grade in merged.grades if config.counts_simulated or not grade.simulated)
+    classes = coverage(counted, labels) if labels else None
+    return Look(commit, (len(fetched.files), fetched.new), merged, counted, unknown, classes, labels)
 
 
 def retried(call: Callable[[], Result], name: str, deadline: float) -> Result:
@@ -185,10 +198,20 @@ def retried(call: Callable[[], Result], name: str, deadline: float) -> Result:
             time.sleep(wait_s)
 
 
+def pseudonym(grader: str) -> str:
+    """What a grader is called in what a pull writes: the same in every pull and round, whoever else is there.
+
+    A pseudonym stays. The hash that takes the place of anything else hides it from readers, not from guesses.
+    """
+    return grader if PSEUDONYM.fullmatch(grader) else f"grader-{hashlib.sha256(grader.encode()).hexdigest()[:8]}"
+
+
 def _save(config: PullConfig, look: Look, output_dir: Path, started: float) -> RunRecord:
     merged = look.merged
     people = Counter([*(row.grader for row in merged.grades), *(row.grader for row in merged.preferences)])
-    called = pseudonyms_for(people)
+    called = {name: pseudonym(name) for name in people}
+    if renamed := sum(name != given for name, given in called.items()):
+        say(f"{renamed} of {len(people)} graders are called by what is no pseudonym; a hash of it takes its place.")
     grades = [
         replace(row, grader=called[row.grader], comment=row.comment if config.comments else None)
         for row in merged.grades
@@ -210,7 +233,7 @@ def _save(config: PullConfig, look: Look, output_dir: Path, started: float) -> R
         "n_simulated": simulated,
         "simulated": simulated > 0,
     }
-    missing = lacking(grades, look.labels)
+    missing = lacking(look.counted, look.labels)
     if look.classes is not None:
         inputs["candidates"] = fingerprint(sorted(look.labels.items()))
         metrics["classes"] = {
@@ -264,10 +287,18 @@ def summary(record: RunRecord, output_dir: str | Path) -> str:
 
 
 def next_command(record: RunRecord, output_dir: str | Path) -> str:
-    """The command that goes on with these grades."""
-    candidates = record.config["candidates"]
-    words = ["pathalign", "feedback", "--candidates", str(candidates or "CANDIDATES"), "--grades", str(output_dir)]
-    return shlex.join(words)
+    """The command that goes on with these grades.
+
+    Without candidates those of hidden controls are among them, which feedback refuses: first they are pulled again.
+    """
+    config = record.config
+    if config["candidates"] is not None:
+        words = ["--candidates", config["candidates"], "--grades", str(output_dir)]
+    else:
+        words = ["pull", config["source"], *(["--revision", config["revision"]] if config["revision"] else [])]
+        words += ["--candidates", "CANDIDATES", *(["--comments"] if config["comments"] else [])]
+        words += ["--output-dir", str(output_dir)]
+    return shlex.join(["pathalign", "feedback", *words])
 
 
 def _count(number: int, what: str) -> str:
@@ -283,7 +314,7 @@ def _nothing(name: str, look: Look) -> str:
 
 
 def _too_few(config: PullConfig, name: str, look: Look) -> str:
-    found = len(look.merged.grades)
+    found = len(look.counted)
     go_on = f", or go on with those that are there by `--min-grades {found}`" if found else ""
     if config.min_grades_per_class:
         go_on = ", or lower `min_grades_per_class`"

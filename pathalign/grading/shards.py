@@ -19,7 +19,7 @@ from pathalign.grading.batches import kind_of
 from pathalign.grading.hub_sink import HubSink, Result, content_id, has_id
 from pathalign.grading.sinks import HUB_PREFIX, FolderSink, SinkBusy, SinkError, check_sink
 from pathalign.progress import track
-from pathalign.remote import explained, is_repo_id
+from pathalign.remote import Reference, explained, is_repo_id, parse
 from pathalign.schema import InputError
 
 PULLED = ("grade", "preference")  # kinds of rows
@@ -66,24 +66,41 @@ class Shards(Protocol):
         """
 
 
-def open_shards(source: str, revision: str | None = None) -> Shards:
-    """The source that a user names.
+def referred(source: str, revision: str | None = None) -> Reference:
+    """The source that a user names: a folder by its path, a dataset always as `hf://datasets/OWNER/NAME`.
 
     Args:
-        source: `OWNER/NAME` or `hf://datasets/OWNER/NAME` of a dataset, or a folder, which need not be there yet.
+        source: `OWNER/NAME` or `hf://datasets/OWNER/NAME` of a dataset, or the same with `@REVISION`, or a folder,
+            which need not be there yet.
         revision: Branch, tag or commit of the dataset; `main` by default.
 
     Raises:
-        InputError: If it is no such address, a file, or a folder with a revision.
+        InputError: If it is no such address, a file, a folder with a revision, or a dataset with two.
     """
-    check_sink(source)
-    if source.startswith(HUB_PREFIX) or is_repo_id(source):
-        return HubShards(source.removeprefix(HUB_PREFIX), revision)
+    if source.startswith(HUB_PREFIX):  # whatever folders there are
+        name, at, own = source.partition("@")
+        if at and not own:
+            raise InputError(f"{source!r} names no revision; write {name}@REVISION, or {name} for its newest.")
+        if own and revision not in (None, own):
+            raise InputError(f"{source!r} and the revision {revision!r} contradict each other; give one of them.")
+        check_sink(name)
+        return Reference(name, own or revision)
+    reference = parse(source, revision)
+    check_sink(reference.name)
+    if is_repo_id(reference.name):
+        return Reference(f"{HUB_PREFIX}{reference.name}", reference.revision)
     if Path(source).is_file():
         raise InputError(f"{source} is a file; give the folder or dataset where grades go, a study's `sink`.")
-    if revision is not None:
-        raise InputError(f"`revision` is {revision!r}, but {source} is a folder, which has none; leave it out.")
-    return FolderShards(source)
+    if reference.revision is not None:
+        raise InputError(f"Revision {revision!r} is wanted of {source}, which is a folder; leave it out.")
+    return reference
+
+
+def open_shards(reference: Reference) -> Shards:
+    """The source that `referred` has read."""
+    if reference.name.startswith(HUB_PREFIX):
+        return HubShards(reference.name.removeprefix(HUB_PREFIX), reference.revision)
+    return FolderShards(reference.name)
 
 
 class FolderShards:

@@ -168,6 +168,32 @@ def study_secret(state_dir: str | Path) -> bytes:
         raise InputError(f"{path} cannot be used: {error.strerror}. Choose another state folder.") from error
 
 
+def default_state_dir(study: Path) -> Path:
+    """Where a study served from this machine keeps its state: beside it."""
+    return study.with_suffix(".state")
+
+
+def share_secret(source: Path, state_dir: Path) -> bool:
+    """Give a study the secret of another one, unless it has its own, so that the same graders have the same pseudonyms.
+
+    Args:
+        source: State folder of the study that was graded before.
+        state_dir: State folder of the study that is to come.
+
+    Returns:
+        Whether both have the same secret now.
+    """
+    if os.environ.get(SECRET_VARIABLE):
+        return True
+    theirs, own = source / "secret", state_dir / "secret"
+    if not theirs.is_file():
+        return False
+    if not own.is_file():
+        state_dir.mkdir(parents=True, exist_ok=True)
+        _create_private(own, theirs.read_text().strip())
+    return own.read_text() == theirs.read_text()
+
+
 def check_lasting_secret(sink: str) -> None:
     """See that pseudonyms and item ids outlive a disk that is wiped on restart, as grades on the Hub do.
 

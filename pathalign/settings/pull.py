@@ -16,11 +16,12 @@ class PullConfig(StageConfig):
 
     # When and how often it is looked decides nothing about what is made.
     incidental: ClassVar[tuple[str, ...]] = ("poll_s", "timeout_s")
+    counts_simulated: ClassVar[bool] = True  # towards the grades that are waited for
 
     source: str = option(
         "",
-        "Where grades gather: OWNER/NAME or hf://datasets/OWNER/NAME of a Hub dataset, or a folder (as ./NAME/... if "
-        "it is not there yet). A run makes a folder beside its candidates if there is none.",
+        "Where grades gather: OWNER/NAME[@REVISION] or hf://datasets/OWNER/NAME of a Hub dataset, or a folder (as "
+        "./NAME/... if it is not there yet). A run makes a folder beside its candidates if there is none.",
     )
     candidates: str | None = option(
         None,
@@ -46,6 +47,7 @@ class CollectConfig(PullConfig):
     """Wait for the grades that experts give a candidate set, and take them."""
 
     incidental: ClassVar[tuple[str, ...]] = (*PullConfig.incidental, "references", "rubric", "study")
+    counts_simulated: ClassVar[bool] = False  # a run by experts waits for experts
 
     study: str | None = option(
         None, "Study whose texts, checklist, people and order are those of the study that is written for the graders."
