@@ -191,8 +191,7 @@ def label(candidates: ImageSet, ratings: Ratings, plausible: np.ndarray, minimum
     columns = {"plausible": plausible[kept].tolist(), "majority": majority, "n_grades": n_grades[kept].tolist()}
     for name, table in ratings.failed.items():
         columns[f"failed_{name}"] = ((table & counted).sum(axis=0)[kept] / n_grades[kept]).tolist()
-    if "seed" in images.columns:
-        columns["seed"] = images.columns["seed"]
+    columns |= {name: images.columns[name] for name in ("seed", "kind") if name in images.columns}
     return replace(images, columns=columns)
 
 

@@ -16,7 +16,7 @@ from pathalign.remote import REPO_TYPES, Reference, endpoint, explained, first_l
 from pathalign.schema import InputError
 
 WEIGHTS_OF_ADAPTERS = "pytorch_lora_weights"
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")  # may run code when read
 MADE_BY = {
     PIPELINE: "pathalign pretrain",
     ADAPTER: "pathalign align",

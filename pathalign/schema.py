@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import platform
+import re
 import resource
 import time
 from collections import Counter
@@ -24,6 +25,16 @@ CHOICES = ("left", "right", "tie", "both_bad")
 MODES = ("single", "grid", "pairwise")
 DRAWN_BY = ("random", "uncertainty")
 DISCLAIMER = "Synthetic images for research only. Never for diagnosis."
+# What a grader may be called wherever others read it: a role and a number, a letter or what `grading.access` makes of a
+# name. Whoever is called otherwise is numbered by exports and refused by `pathalign publish`.
+PSEUDONYM = re.compile(
+    r"(?!.{41})(?:grader|simulated|imported|reader|rater|reviewer|observer|expert|annotator|labell?er|voter|user|person|"
+    r"participant|specialist|consultant|clinician|physician|doctor|dr|resident|fellow|student|technician|technologist|"
+    r"scientist|nurse|[a-z]{2,12}ologist|[a-z])\d{0,6}"
+    r"(?:[-_](?:[0-9a-f]{8}|\d{1,6}|[a-z]|one|two|three|four|five|six|seven|eight|nine|ten))*",
+    re.IGNORECASE,
+)
+PSEUDONYMS_WANTED = "a role with a number or a letter, such as reader-1, haematologist-2 or expert-b,"
 RUBRIC_DIR = Path(__file__).parent / "grading" / "rubrics"
 
 

@@ -90,6 +90,15 @@ def make_candidates(folder: Path, seed: int = 0, controls: int = 0) -> Path:
     return folder
 
 
+def make_real(folder: Path) -> Path:
+    """A set by `pathalign data`: it has no column `kind`, and tells where its images come from."""
+    made = images(30, 0, 16)
+    columns = {"source_image": [f"slides/lovelace_{row}.svs" for row in range(30)], "auto_area_px": [1.0] * 30}
+    replace(made, columns=columns).save(folder)
+    record(folder, "data")
+    return folder
+
+
 def make_grades(
     folder: Path, candidates: Path, graders: tuple[str, ...] = ("reader-1", "reader-2", "reader-3")
 ) -> Path:

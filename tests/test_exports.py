@@ -129,7 +129,7 @@ def test_no_name_leaves_in_any_file(tmp_path, tiny_images):
     names = ("Dr. Jane Roe", "jane@example.org", "expert-a")
     rows = [row for name in names for row in grades_of(tiny_images, name)]
     rows = [replace(row, grade_id=f"id-{n}", comment="Asked jane roe; roebuck") for n, row in enumerate(rows)]
-    options = ExportOptions(ALL, pseudonyms=["expert-a"], names=["Jane Roe"])
+    options = ExportOptions(ALL, names=["Jane Roe"])
     choices = [preference(0, tiny_images.image_ids[0], tiny_images.image_ids[3], "left", grader="Dr. Jane Roe")]
     export(Recorded(rows, choices), tmp_path / "out", options, tiny_images)
     graders = {grade.grader for grade in read_table(tmp_path / "out" / "grades.csv")}

@@ -364,6 +364,7 @@ def test_the_dataset_holds_each_graded_image_once_with_its_shares(workplace, can
         "failed_class": pytest.approx(1 / 3),
         "failed_nucleus_shape": pytest.approx(2 / 3),
         "seed": 0,
+        "kind": "synthetic",
     }
     assert rows[candidates.image_ids[1]]["plausible"] == 1.0
     assert RunRecord.load(workplace / "feedback").metrics == json.loads(json.dumps(record.metrics))

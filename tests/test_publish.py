@@ -9,7 +9,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +31,14 @@ from publications import (
     make_base,
     make_candidates,
     make_evaluation,
+    make_feedback,
     make_grades,
+    make_real,
     make_reward,
     record,
     write_json,
 )
+from small_study import images
 from tiny_stable_diffusion import save_tiny_stable_diffusion
 
 from pathalign.artefacts import fingerprint
@@ -194,14 +200,13 @@ def test_files_no_longer_ours_go_in_the_same_commit_and_those_of_others_stay(hub
     folder = tmp_path / "base"
     shutil.copytree(originals["base"], folder)
     (folder / "log.jsonl").write_text('{"step": 1}\n')
-    (folder / "notes.md").write_text("first")
     publisher.made(folder, "lab/base")
-    put(hub, "models", "lab/base", LICENSE="theirs", notes__md="changed by somebody")
+    put(hub, "models", "lab/base", LICENSE="theirs", pipeline__py="changed by somebody")
     (folder / "log.jsonl").unlink()
-    (folder / "notes.md").unlink()
+    (folder / "pipeline.py").unlink()
     made = publisher.made(folder, "lab/base")
     files = content(hub, "models", "lab/base")
-    assert "log.jsonl" not in files and files["LICENSE"] == b"theirs" and files["notes.md"] == b"changed by somebody"
+    assert "log.jsonl" not in files and files["LICENSE"] == b"theirs" and files["pipeline.py"] == b"changed by somebody"
     assert [file["path"] for file in made["files"] if file["change"] == "delete"] == ["log.jsonl"]
     assert len(titles(hub, "models", "lab/base")) == 4
 
@@ -261,6 +266,107 @@ def test_private_things_do_not_slip_into_a_public_repo(hub, publisher, originals
     assert "is public, and this goes out private" in publisher.refused(controls, "lab/controls", "--private")
 
 
+def test_graded_real_images_go_public_only_with_licence_and_consent_and_no_card_calls_them_synthetic(
+    hub, publisher, originals, tmp_path
+):
+    real = make_real(tmp_path / "data")
+    grades = make_grades(tmp_path / "grades", real)
+    record(grades, "import")
+    made = {"grades": (grades, "--candidates", real), "feedback": (make_feedback(tmp_path / "f", real, grades),)}
+    terms = ["--data-license", "CC BY 4.0", "--consent", "for research and teaching"]
+    for name, call in made.items():
+        assert "shows real images (30) to everyone" in publisher.refused(
+            *call[:1], f"lab/{name}", "--public", *call[1:]
+        )
+        assert (
+            "real images among it: 30"
+            in publisher.made(*call[:1], f"lab/{name}", "--public", *terms, *call[1:])["checks"]
+        )
+        card = content(hub, "datasets", f"lab/{name}")["README.md"].decode()
+        assert "synthetic" not in card.lower() and "30 of the graded images are **real** ones.\n" in card
+    unknown = make_candidates(tmp_path / "unknown")
+    without_kind(unknown)
+    assert "shows real images (30) to everyone" in publisher.refused(unknown, "lab/unknown", "--public")
+
+
+def test_graded_synthetic_images_go_public_also_those_of_feedback_made_before_it_kept_their_kind(
+    hub, publisher, originals, tmp_path
+):
+    folder = tmp_path / "feedback"
+    shutil.copytree(originals["feedback"], folder)
+    kept = publisher.made(folder, "lab/feedback", "--public")
+    without_kind(folder)
+    older = publisher.made(folder, "lab/older", "--public")
+    assert not any("real images" in check for check in kept["checks"] + older["checks"])
+    assert "# Expert feedback on synthetic medical" in content(hub, "datasets", "lab/older")["README.md"].decode()
+
+
+def without_kind(folder: Path) -> None:
+    for path in (folder / "data").glob("*.parquet"):
+        pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).drop_columns(["kind"]), path)
+
+
+def test_columns_that_pathalign_does_not_write_stay_here_in_every_shard(hub, publisher, originals, tmp_path):
+    folder = tmp_path / "candidates"
+    for shard in range(2):
+        made = images(10, shard, 16)
+        columns = {"seed": list(range(10)), "kind": ["synthetic"] * 10, "patient": ["Ada Lovelace, 1815"] * 10}
+        columns |= {"source_file": ["slides/lovelace.svs"] * 10, "steps": ["Lovelace"] * 10, "failed_ada": ["x"] * 10}
+        replace(made, columns=columns).save(folder, shard=(shard, 2))
+    record(folder, "generate", inputs={"model": "0" * 16}, metrics={"n": 20})
+    made = publisher.made(folder, "lab/candidates")
+    assert "other columns stay here: failed_ada, patient, source_file, steps" in made["checks"]
+    graded = publisher.made(make_grades(tmp_path / "g", make_real(tmp_path / "data")), "lab/grades")
+    assert "other columns stay here: auto_area_px, source_image" in graded["checks"]
+    for name, shards, known in (("candidates", 2, ["seed", "kind"]), ("grades", 1, [])):
+        files = content(hub, "datasets", f"lab/{name}")
+        tables = [data for path, data in files.items() if path.startswith("data/")]
+        assert len(tables) == shards
+        for data in tables:
+            schema = pyarrow.parquet.read_schema(io.BytesIO(data))
+            features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+            assert schema.names == list(features) == ["image", "image_id", "label", *known]
+        assert not any(b"lovelace" in data.lower() for data in files.values())
+        assert not any(word in data for data in tables for word in (b"patient", b"source_", b"failed_ada"))
+
+
+def test_files_that_pathalign_does_not_write_stay_here_and_are_named(hub, publisher, originals, tmp_path):
+    publisher.made(originals["base"], "lab/origin")
+    for name, kind in REPO_OF.items():
+        extra = ["--base-model", "lab/origin"] if name == "adapter" else []
+        folder = tmp_path / name
+        shutil.copytree(originals[name], folder)
+        (folder / "notes").mkdir()
+        (folder / "notes" / "todo.txt").write_text("ask the ward")
+        (folder / "patients.csv").write_text("Ada Lovelace")
+        (folder / "data").mkdir(exist_ok=True)
+        shutil.copyfile(originals["grades"] / "grades.jsonl", folder / "data" / "grades.jsonl")
+        before = publisher.made(originals[name], f"lab/{name}", *extra, "--dry-run")
+        made = publisher.made(folder, f"lab/{name}", *extra)
+        (check,) = [check for check in made["checks"] if check.startswith("other files stay here: ")]
+        assert {"data/grades.jsonl", "notes/todo.txt", "patients.csv"} <= set(check.split(": ")[1].split(", ")), name
+        files = set(content(hub, kind, f"lab/{name}")) - {".gitattributes"}
+        assert files == {file["path"] for file in before["files"]}, name
+
+
+def test_what_goes_out_private_does_not_get_into_a_repo_that_becomes_public_meanwhile(
+    hub, publisher, originals, tmp_path
+):
+    hub.faults.set(Fault("repos/create", 200, delay_s=1.5))
+
+    def somebody() -> None:
+        while not any("repos/create" in request for request in hub.faults.requests):
+            time.sleep(0.05)
+        hub.store.create("datasets", "lab/race")
+
+    with ThreadPoolExecutor(1) as others:
+        quicker = others.submit(somebody)
+        error = publisher.refused(originals["candidates"], "lab/race")
+        quicker.result()
+    assert "lab/race has become public meanwhile, and this goes out private; nothing was sent" in error
+    assert len(titles(hub, "datasets", "lab/race")) == 1
+
+
 def test_simulated_grades_go_out_only_marked_in_the_first_line(hub, publisher, originals, tmp_path):
     grades = make_grades(tmp_path / "grades", originals["candidates"], ("simulated-1", "reader-1"))
     error = publisher.refused(grades, "lab/grades")
@@ -316,14 +422,20 @@ def test_what_cannot_be_taken_out_is_refused_by_file_and_find_and_not_repeated(h
     token = "hf_" + "aBcD" * 8
     folder = tmp_path / "base"
     shutil.copytree(originals["base"], folder)
-    (folder / "notes.md").write_text(f"ask ada@institute.org\nor use {token}\n")
+    (folder / "log.jsonl").write_text(f"ask ada@institute.org\nor use {token}\n")
     (folder / "pipeline.py").write_text("cells = '/home/ada/cells'\n")
     (folder / "unet" / "model.bin").write_bytes(b"x")
     assert "model.bin: weights and arrays go as safetensors only" in publisher.refused(folder, "lab/base")
     (folder / "unet" / "model.bin").unlink()
-    (folder / "scan.dcm").write_bytes(b"x")
+    (folder / "samples").mkdir(exist_ok=True)
+    (folder / "samples" / "final.png").write_bytes(b"x")
     error = publisher.refused(folder, "lab/base")
-    for words in ("notes.md:1: an e-mail address", "notes.md:2: a token", "pipeline.py:1: a path", "scan.dcm: nobody"):
+    for words in (
+        "log.jsonl:1: an e-mail address",
+        "log.jsonl:2: a token",
+        "pipeline.py:1: a path",
+        "final.png: is nei",
+    ):
         assert words in error
     assert token not in error and "ada@institute" not in error and writes(hub) == []
 
@@ -433,9 +545,15 @@ def test_a_report_about_something_else_is_refused(hub, publisher, originals, tmp
 
 
 def test_a_card_that_the_hub_does_not_take_stops_everything(hub, publisher, originals, tmp_path):
-    error = publisher.refused(originals["reward"], "lab/reward", "--license", "other")
-    assert 'does not take the card of lab/reward: "license_name" is required' in error
+    hub.faults.set(Fault("validate-yaml", 400))
+    assert "does not take the card of lab/reward" in publisher.refused(originals["reward"], "lab/reward")
     assert writes(hub) == []
+
+
+def test_a_licence_that_the_hub_takes_only_with_more_is_refused_with_what_to_give_instead(hub, publisher, originals):
+    error = publisher.refused(originals["reward"], "lab/reward", "--license", "other")
+    assert "Give the licence's own identifier, such as cc-by-nc-4.0" in error and "put a file LICENSE into" in error
+    assert hub.faults.requests == []
 
 
 def test_the_token_is_in_no_output_no_file_and_no_commit(hub, originals, tmp_path):
@@ -444,7 +562,7 @@ def test_the_token_is_in_no_output_no_file_and_no_commit(hub, originals, tmp_pat
     hub.faults.set(Fault("/commit/", 503, times=1))
     leak = tmp_path / "leak"
     shutil.copytree(originals["reward"], leak)
-    (leak / "notes.md").write_text(f"token={token}")
+    (leak / "log.jsonl").write_text(f"token={token}")
     publisher = Publisher(hub, tmp_path / "home", token)
     calls = [(originals["base"], "lab/base"), (originals["base"], "lab/base", "--json"), (leak, "lab/leak")]
     printed = json.dumps([publisher(*call) for call in [*calls, (originals["reward"], "nobody/reward")]])

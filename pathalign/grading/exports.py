@@ -29,13 +29,12 @@ from pathalign.grading.sinks import SinkError, open_sink
 from pathalign.grading.study import Study
 from pathalign.images import ImageSet
 from pathalign.progress import say
-from pathalign.schema import DISCLAIMER, Grade, InputError, Preference, RunRecord, unknown_name
+from pathalign.schema import DISCLAIMER, PSEUDONYM, Grade, InputError, Preference, RunRecord, unknown_name
 
 FORMATS = ("jsonl", "csv", "parquet", "images", "paper", "preferences")
 NEEDS_IMAGES = ("images", "paper", "preferences")
 TABLES = ("jsonl", "csv", "parquet")
 NAME_REMOVED = "[name removed]"
-PSEUDONYM = re.compile(r"grader-([0-9a-f]{8}|\d+)|simulated-\d+|imported(-[0-9a-f]{8})?(-\d+)?")
 FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]|[\t\r\n']")  # what a spreadsheet may run, and our own guard
 TEXT, WHOLE, LOGICAL = "string", "int64", "bool"
 COLUMN_TYPES = {"confidence": "float64", "simulated": LOGICAL, "active_ms": WHOLE, "idle_ms": WHOLE, "hidden_ms": WHOLE}
@@ -57,7 +56,6 @@ class ExportOptions:
         formats: Some of `FORMATS`.
         simulated: Whether simulated grades may be among it; every file then says so.
         comments: Whether the graders' free text is among it.
-        pseudonyms: Those that the study chose; others than its own and the usual ones are replaced by numbers.
         names: Graders' names, which are taken out of comments.
 
     Raises:
@@ -67,7 +65,6 @@ class ExportOptions:
     formats: Sequence[str] = TABLES
     simulated: bool = False
     comments: bool = True
-    pseudonyms: Collection[str] = ()
     names: Collection[str] = ()
 
     def __post_init__(self) -> None:
@@ -123,8 +120,7 @@ def export_from(
     Args:
         source: A study's YAML file, or what `read_recorded` takes.
         output_dir: Folder that is made.
-        options: What is written. A study adds its pseudonyms, and the names of its graders and owners to take out of
-            comments.
+        options: What is written. A study adds the names of its graders and owners to take out of comments.
         candidates: Folder or Hub id of the images that were graded; a study names its own.
 
     Raises:
@@ -134,7 +130,7 @@ def export_from(
         return export(read_recorded(source), output_dir, options, ImageSet.load(candidates) if candidates else None)
     study = Study.load(source)
     names = [*options.names, *(person.name for person in study.people), *study.owners]
-    options = replace(options, pseudonyms=[*options.pseudonyms, *study.pseudonyms.values()], names=names)
+    options = replace(options, names=names)
     images = ImageSet.load(candidates) if candidates else Catalogue.load(study).images
     return export(read_recorded(study.sink), output_dir, options, images)
 
@@ -172,7 +168,7 @@ def export(
             "expert feedback. Export them with `--simulated`, which marks them in every file, or leave them out."
         )
     graders = [*(row.grader for row in grades), *(row.grader for row in preferences)]
-    pseudonyms = pseudonyms_for(graders, options.pseudonyms)
+    pseudonyms = pseudonyms_for(graders)
     grades = [_cleaned(grade, pseudonyms, options) for grade in grades]
     preferences = [replace(row, grader=pseudonyms[row.grader]) for row in preferences]
     marks: dict[str, Any] = {"notice": DISCLAIMER, "simulated": n_simulated > 0}
@@ -217,15 +213,14 @@ def _save_graded(grades: Sequence[Grade], candidates: ImageSet, folder: Path) ->
     return len(chosen)
 
 
-def pseudonyms_for(graders: Iterable[str], chosen: Collection[str] = ()) -> dict[str, str]:
+def pseudonyms_for(graders: Iterable[str]) -> dict[str, str]:
     """What each grader is called in an export: a pseudonym stays, anything else becomes a number.
 
     Args:
         graders: As the rows call them.
-        chosen: Pseudonyms besides the usual ones.
     """
     present = sorted(set(graders))
-    known = {name for name in present if PSEUDONYM.fullmatch(name) or name in chosen}
+    known = {name for name in present if PSEUDONYM.fullmatch(name)}
     free = (name for number in count(1) if (name := f"grader-{number}") not in known)
     if renamed := len(present) - len(known):
         say(f"{renamed} of {len(present)} graders are called by what is no pseudonym; the export numbers them.")

@@ -6,7 +6,6 @@ Relative paths are looked for beside the file first, so that a folder with a stu
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -16,11 +15,10 @@ from typing import Any, Literal
 
 from pathalign.config import ConfigError, StageConfig, option, read_yaml, unknown_key
 from pathalign.grading.sinks import HUB_PREFIX, check_sink
-from pathalign.schema import MODES, VERDICTS, InputError, Rubric
+from pathalign.schema import MODES, PSEUDONYM, PSEUDONYMS_WANTED, VERDICTS, InputError, Rubric
 
 SECRET_VARIABLE = "PATHALIGN_STUDY_SECRET"
 SHORTEST_SECRET = 16  # characters
-PSEUDONYM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 LARGEST_HIDDEN_SHARE = 0.5
 
 
@@ -271,7 +269,9 @@ def _people_problems(study: Study) -> list[str]:
             problems.append(f"`graders` has {entry!r}; write a name, or a mapping with `name` and `pseudonym`.")
         pseudonym = person.get("pseudonym")
         if pseudonym is not None and not (isinstance(pseudonym, str) and PSEUDONYM.fullmatch(pseudonym)):
-            problems.append(f"The pseudonym {pseudonym!r} in `graders` must be 1 to 40 letters, digits, - or _.")
+            problems.append(
+                f"The pseudonym {pseudonym!r} in `graders` may be a name; write {PSEUDONYMS_WANTED} instead."
+            )
     if not problems:
         for what in ("name", "pseudonym"):
             counts = Counter(value for person in study.people if (value := getattr(person, what)))

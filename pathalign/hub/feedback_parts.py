@@ -16,10 +16,11 @@ from pathalign.feedback import AGREEMENT_FILE, agreement_report, check_against_c
 from pathalign.grades import CurrentGrades, current_grades, read_grades
 from pathalign.grading.batches import Row
 from pathalign.grading.compact import parquet_bytes
+from pathalign.hub.columns import SYNTHETIC
 from pathalign.hub.kinds import Artefact
-from pathalign.images import ImageSet
+from pathalign.images import ImageSet, dataset_file, read_table
 from pathalign.ratings import REPEAT, collect_ratings
-from pathalign.schema import Grade, InputError
+from pathalign.schema import Grade, InputError, RunRecord
 from pathalign.settings.publish import PublishConfig
 
 GRADES, AGREEMENT = "feedback/grades.parquet", "feedback/agreement.parquet"
@@ -29,12 +30,23 @@ BOOTSTRAP_SAMPLES = 500
 
 @dataclass(frozen=True)
 class Parts:
-    """What was staged: grades that stand, their agreement, criteria that failed, and config -> split -> path."""
+    """What was staged.
+
+    Attributes:
+        grades: Those that stand.
+        agreement: See `feedback.agreement_report`.
+        criteria: Those that failed.
+        configs: Name -> split -> path.
+        all_real: Whether all graded images are of a set of real ones.
+        synthetic: Ids of images that the graded set calls synthetic, as far as it is here.
+    """
 
     grades: tuple[Grade, ...]
     agreement: dict[str, Any]
     criteria: list[str]
     configs: dict[str, dict[str, str]]
+    all_real: bool
+    synthetic: frozenset[str]
 
 
 def stage_parts(artefact: Artefact, config: PublishConfig, place: Path) -> Parts:
@@ -44,7 +56,7 @@ def stage_parts(artefact: Artefact, config: PublishConfig, place: Path) -> Parts
         InputError: If grades or images are not where the record says, or do not belong together, or simulated grades
             would pass for expert feedback.
     """
-    standing = _grades(artefact, config)
+    standing, sources = _grades(artefact, config), _sources(artefact, config)
     grades = [_marked(grade) for grade in standing.grades]
     simulated = sum(grade.simulated for grade in grades)
     if simulated and not config.simulated:
@@ -61,7 +73,7 @@ def stage_parts(artefact: Artefact, config: PublishConfig, place: Path) -> Parts
         for name in present:
             _copy(artefact.folder / _data(name), place / _data(name))
     else:
-        images = _candidates(artefact, config)
+        images = _candidates(artefact, sources)
         check_against_candidates(grades, images)
         agreement, present = _agreement(standing, images), ["train"]
         graded = {grade.image_id for grade in grades}
@@ -78,6 +90,8 @@ def stage_parts(artefact: Artefact, config: PublishConfig, place: Path) -> Parts
         agreement,
         criteria,
         {"candidates": splits, "grades": {"train": GRADES}, "agreement": {"train": AGREEMENT}},
+        any(_stage(source) == "data" for source in sources),
+        _synthetic(sources),
     )
 
 
@@ -110,16 +124,43 @@ def _simulated(grades: Sequence[Grade]) -> dict[str, Any]:
     return {"simulated": count > 0, "simulated_share": count / len(grades)}
 
 
-def _candidates(artefact: Artefact, config: PublishConfig) -> ImageSet:
+def _sources(artefact: Artefact, config: PublishConfig) -> list[str]:
+    """Where the graded images are: folders, or Hub datasets."""
+    graded = artefact.record.stage != "feedback" and (artefact.folder / _data("train")).is_file()
+    inside = [artefact.folder] if graded else []
+    return [str(source) for source in config.candidates or inside or artefact.input_folders("candidates")]
+
+
+def _candidates(artefact: Artefact, sources: Sequence[str]) -> ImageSet:
     """The images that were graded."""
-    inside = [artefact.folder] if (artefact.folder / _data("train")).is_file() else []
-    sources = config.candidates or inside or artefact.input_folders("candidates")
     if not sources:
         raise InputError(
             f"{artefact.folder} has no images, and its record does not say which were graded; name them with "
             "`--candidates`."
         )
     return ImageSet.joined([ImageSet.load(source) for source in sources])
+
+
+def _stage(source: str) -> str | None:
+    """The stage that made a set; None if nobody can say."""
+    try:
+        return RunRecord.load(dataset_file(source, RunRecord.FILE_NAME).parent).stage
+    except InputError:
+        return None
+
+
+def _synthetic(sources: Sequence[str]) -> frozenset[str]:
+    """Ids of images that are called so by the sets that are here."""
+    import pyarrow.parquet
+
+    found: set[str] = set()
+    for path in (path for source in sources for path in sorted(Path(source).glob("data/*.parquet"))):
+        names = set(pyarrow.parquet.read_schema(path).names)
+        if {"image_id", "kind"} <= names:
+            table = read_table(path, ["image_id", "kind"])
+            rows = zip(table.column("image_id").to_pylist(), table.column("kind").to_pylist(), strict=True)
+            found |= {name for name, kind in rows if kind in SYNTHETIC}
+    return frozenset(found)
 
 
 def _agreement(standing: CurrentGrades, images: ImageSet) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class Kind:
         repo_type: `model`, `dataset` or `space`.
         private: Whether it is private unless `--public` is given.
         needs: Glob patterns, each of which must find a file.
+        files: Glob patterns of what its stages write and others have a use for; anything else stays here.
         takes: Settings of `PublishConfig` that only some kinds have a use for.
     """
 
@@ -30,25 +32,72 @@ class Kind:
     repo_type: str
     private: bool
     needs: tuple[str, ...]
+    files: tuple[str, ...]
     takes: tuple[str, ...] = ()
+
+    def has(self, name: str) -> bool:
+        """Whether a file of this path in the folder belongs to it; `*` matches no `/`."""
+        parts = name.split("/")
+        patterns = [pattern.split("/") for pattern in (RunRecord.FILE_NAME, *self.files)]
+        return any(len(found) == len(parts) and all(map(fnmatchcase, parts, found)) for found in patterns)
 
 
 KINDS = (
-    Kind("base", ("pretrain",), "model", False, ("model_index.json", "unet/*.safetensors"), ("report", "dataset")),
-    Kind("adapter", ("align",), "model", False, ("*.safetensors",), ("report", "dataset", "base_model")),
-    Kind("reward", ("reward",), "model", False, ("config.json", "*.safetensors", "evaluation.json"), ("dataset",)),
-    Kind("candidates", ("generate",), "dataset", True, ("data/*.parquet",)),
+    Kind(
+        "base",
+        ("pretrain",),
+        "model",
+        False,
+        ("model_index.json", "unet/*.safetensors"),
+        (
+            "model_index.json", "pipeline.py", "log.jsonl", "scheduler/scheduler_config.json", "unet/config.json",
+            "unet/diffusion_pytorch_model*.safetensors", "unet/*.safetensors.index.json", "samples/final.png",
+            "samples/step-[0-9]*.png",
+        ),
+        ("report", "dataset"),
+    ),
+    Kind(
+        "adapter",
+        ("align",),
+        "model",
+        False,
+        ("*.safetensors",),
+        ("pytorch_lora_weights.safetensors", "log.jsonl", "samples-[0-9]*.png"),
+        ("report", "dataset", "base_model"),
+    ),
+    Kind(
+        "reward",
+        ("reward",),
+        "model",
+        False,
+        ("config.json", "*.safetensors", "evaluation.json"),
+        (
+            "config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json",
+            "evaluation.json", "log.jsonl", "*_reward.py", "encoders.py",
+        ),
+        ("dataset",),
+    ),
+    Kind("candidates", ("generate",), "dataset", True, ("data/*.parquet",), ("data/train-*.parquet", "samples.png")),
     Kind(
         "feedback",
         ("feedback", "grade", "export", "import"),
         "dataset",
         True,
         (),
+        (),  # its parts are made anew, see `feedback_parts`
         ("grades", "candidates", "simulated", "comments"),
     ),
     # Its page shows real images, so that it is private as they are.
-    Kind("report", ("evaluate",), "space", True, ("report.html", "metrics.json"), ("dataset",)),
-)
+    Kind(
+        "report",
+        ("evaluate",),
+        "space",
+        True,
+        ("report.html", "metrics.json"),
+        ("report.html", "metrics.json", "figures/*.png", "figures/*.svg"),
+        ("dataset",),
+    ),
+)  # fmt: skip
 PARTICULAR = ("base_model", "report", "grades", "candidates", "dataset", "simulated", "comments")
 
 

@@ -94,9 +94,12 @@ def publish(
             if head is None:
                 repo.create(private)
             title = f"Publish {artefact.kind.name} {_digest(staged)}"
-            result.commit, changes = repo.commit(
-                staged.files, title, lambda found: check_replaceable(found, artefact, staged, repo)
-            )
+
+            def check(found: Head) -> None:
+                _check_still(found, private, repo)
+                check_replaceable(found, artefact, staged, repo)
+
+            result.commit, changes = repo.commit(staged.files, title, check)
             result.changed = bool(changes)
             if config.revision_tag:
                 _tag(repo, config.revision_tag, result.commit)
@@ -150,6 +153,16 @@ def _private(head: Head | None, artefact: Artefact, repo: HubRepo, public: bool 
             f"say `--{there}`."
         )
     return head.private
+
+
+def _check_still(found: Head, private: bool, repo: HubRepo) -> None:
+    """Others may have made the repo, or changed who sees it, since it was decided what may go there."""
+    if found.private != private:
+        now, before = ("private", "public") if found.private else ("public", "private")
+        raise InputError(
+            f"{repo.url} has become {now} meanwhile, and this goes out {before}; nothing was sent. See who changed it, "
+            "then publish again."
+        )
 
 
 def _check_real_images(staged: Staged, private: bool, config: PublishConfig) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from pathalign import cards
 from pathalign.artefacts import fingerprint
 from pathalign.cards import Grading, MeasuredOn, Terms, measures
-from pathalign.hub import privacy, reports
+from pathalign.hub import columns, privacy, reports
 from pathalign.hub.bases import Base, base_of
 from pathalign.hub.commits import MANIFEST, sha256_of
 from pathalign.hub.kinds import KINDS, PARTICULAR, Artefact, own_files
@@ -62,10 +63,11 @@ def stage(artefact: Artefact, repo_id: str, config: PublishConfig, place: Path, 
     """
     _check_settings(artefact, config)
     staged = Staged(place)
-    if pickles := [path for path in own_files(artefact.folder) if path.suffix.lower() in privacy.PICKLES]:
+    if pickles := [path for path in own_files(artefact.folder) if path.suffix.lower() in privacy.UNSAFE]:
         raise refused(artefact.folder, [p for path in pickles for p in privacy.problems_of_file(path, path.name, None)])
     terms = Terms(config.license, config.data_license, config.consent)
     write_card = _PREPARE[artefact.kind.name](artefact, repo_id, config, terms, staged)
+    _name_staying(artefact, staged)
     _clean(staged)
     (place / CARD).write_text(write_card(RunRecord.load(place)))
     problems = [p for name, path in staged.files.items() for p in privacy.problems_of_file(path, name, secret)]
@@ -90,6 +92,13 @@ def _check_settings(artefact: Artefact, config: PublishConfig) -> None:
         raise InputError(f"{artefact.folder} is of the kind {artefact.kind.name}: {named}.")
 
 
+def _name_staying(artefact: Artefact, staged: Staged) -> None:
+    names = [path.relative_to(artefact.folder).as_posix() for path in own_files(artefact.folder)]
+    if staying := [name for name in names if not artefact.kind.has(name) and name not in staged.files]:
+        more = f" and {len(staying) - SHOWN} more" if len(staying) > SHOWN else ""
+        staged.checks.append(f"other files stay here: {', '.join(staying[:SHOWN])}{more}")
+
+
 def _clean(staged: Staged) -> None:
     done: Counter[str] = Counter(word for path in staged.files.values() for word in privacy.clean(path))
     staged.checks += [f"{word}, in {count} {'file' if count == 1 else 'files'}" for word, count in sorted(done.items())]
@@ -105,9 +114,11 @@ def _write_manifest(artefact: Artefact, staged: Staged) -> None:
     (staged.place / MANIFEST).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _copy(artefact: Artefact, staged: Staged, *paths: Path, names: dict[str, str] | None = None) -> None:
-    for path in paths or own_files(artefact.folder):
+def _copy(artefact: Artefact, staged: Staged, names: dict[str, str] | None = None) -> None:
+    for path in own_files(artefact.folder):
         name = path.relative_to(artefact.folder).as_posix()
+        if not artefact.kind.has(name):
+            continue
         target = staged.place / (names or {}).get(name, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
@@ -225,31 +236,27 @@ def _reward(artefact: Artefact, repo_id: str, config: PublishConfig, terms: Term
 
 def _candidates(artefact: Artefact, repo_id: str, config: PublishConfig, terms: Terms, staged: Staged) -> CardWriter:
     _copy(artefact, staged)
-    counts = _count_images(staged)
+    counts = _look_at_images(staged)
     sheet = "samples.png" if (staged.place / "samples.png").is_file() else None
-    return lambda record: cards.candidates_card(
-        record, counts, repo_id=repo_id, terms=terms, n_real=staged.n_real, sheet=sheet
-    )
+    return lambda record: _of_real_images(staged, counts, cards.candidates_card(
+        record, counts, repo_id=repo_id, terms=terms, n_real=staged.n_real, sheet=sheet,
+    ))  # fmt: skip
 
 
 def _feedback(artefact: Artefact, repo_id: str, config: PublishConfig, terms: Terms, staged: Staged) -> CardWriter:
     from pathalign.hub.feedback_parts import stage_parts
 
-    _copy(artefact, staged, artefact.folder / RECORD)
+    _copy(artefact, staged)
     parts = stage_parts(artefact, config, staged.place)
     if problems := privacy.problems_of_graders(parts.grades):
         raise refused(artefact.folder, problems)
     staged.checks.append(f"graders, by pseudonyms only: {parts.agreement['n_graders']}")
     staged.checks.append("comments go along: read them first" if config.comments else "comments stay here")
-    names = [path.relative_to(artefact.folder).as_posix() for path in own_files(artefact.folder)]
-    if staying := [name for name in names if name not in staged.files]:
-        more = f" and {len(staying) - SHOWN} more" if len(staying) > SHOWN else ""
-        staged.checks.append(f"other files stay here: {', '.join(staying[:SHOWN])}{more}")
-    counts = _count_images(staged)
-    return lambda record: cards.feedback_card(
+    counts = _look_at_images(staged, parts.all_real, parts.synthetic)
+    return lambda record: _of_real_images(staged, counts, cards.feedback_card(
         record, parts.agreement, configs=parts.configs, counts=counts, criteria=parts.criteria, repo_id=repo_id,
         terms=terms, n_real=staged.n_real, comments=config.comments,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _report(artefact: Artefact, repo_id: str, config: PublishConfig, terms: Terms, staged: Staged) -> CardWriter:
@@ -260,18 +267,28 @@ def _report(artefact: Artefact, repo_id: str, config: PublishConfig, terms: Term
     return lambda record: cards.report_card(record, metrics, repo_id=repo_id, terms=terms, measured_on=on)
 
 
-def _count_images(staged: Staged) -> dict[str, int]:
-    """Images of each class in the staged tables; real ones are counted as such."""
-    import pyarrow.parquet
-
+def _look_at_images(staged: Staged, all_real: bool = False, synthetic: Collection[str] = ()) -> dict[str, int]:
+    """Images of each class in the staged tables, which keep known columns only; real ones are counted."""
     counts: Counter[str] = Counter()
+    dropped: set[str] = set()
     for path in sorted((staged.place / "data").glob("*.parquet")):
-        table = pyarrow.parquet.read_table(path)
-        features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-        counts.update(features["label"]["names"][label] for label in table.column("label").to_pylist())
-        if "kind" in table.column_names:
-            staged.n_real += sum(str(kind).startswith("real") for kind in table.column("kind").to_pylist())
+        dropped |= set(columns.drop_unknown(path))
+        found, n_real = columns.count_images(path, all_real, synthetic)
+        counts += found
+        staged.n_real += n_real
+    if dropped:
+        staged.checks.append(f"other columns stay here: {', '.join(sorted(dropped))}")
     return dict(counts)
+
+
+def _of_real_images(staged: Staged, counts: dict[str, int], card: str) -> str:
+    """A card that calls no image synthetic where all of them are real, or may be."""
+    if staged.n_real < sum(counts.values()):
+        return card
+    card = card.replace(", hidden controls: `kind` tells them apart", "")
+    card = card.replace(", hidden controls of a study: `kind` tells them apart", "")
+    words = {"synthetic": "real", "Synthetic": "Real"}
+    return re.sub(r"(?<![\w/.-])[Ss]ynthetic(?![\w/-])", lambda hit: words[hit[0]], card)
 
 
 _PREPARE = {

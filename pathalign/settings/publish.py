@@ -33,7 +33,14 @@ class PublishConfig(StageConfig):
     revision_tag: str | None = option(None, "Tag that the commit gets, such as v1.")
 
     def problems(self) -> list[str]:
-        """Ids that are none."""
+        """Ids that are none, and a licence that the Hub does not take by its identifier alone."""
+        found = []
+        if self.license == "other":
+            found.append(
+                "`license` is 'other', which says nothing. Give the licence's own identifier, such as cc-by-nc-4.0 "
+                "(https://hf.co/docs/hub/repositories-licenses has all), or leave it out and put a file LICENSE into "
+                "the repo by its page: publishing again lets it be."
+            )
         if self.dataset and not DATASET.fullmatch(self.dataset):
-            return [f"`dataset` is {self.dataset!r}; write OWNER/NAME@REVISION of a Hub dataset."]
-        return []
+            found.append(f"`dataset` is {self.dataset!r}; write OWNER/NAME@REVISION of a Hub dataset.")
+        return found

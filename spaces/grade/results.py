@@ -98,8 +98,7 @@ def results_page(
             return PlainTextResponse(unknown_name("export format", name, formats), 404, HEADERS)
         inputs = service.results_inputs()
         simulated = any(grade.simulated for grade in inputs.grades)
-        pseudonyms = service.study.pseudonyms.values()
-        options = ExportOptions((name,), simulated, pseudonyms=pseudonyms, names=names())
+        options = ExportOptions((name,), simulated, names=names())
         try:
             content = zipped(Recorded(inputs.grades, inputs.preferences), options, candidates and candidates())
         except InputError as error:
