@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pathalign.artefacts import artefact, check_place, fingerprint
-from pathalign.grading.exports import PSEUDONYM
 from pathalign.grading.merging import ClassCoverage, Merged, coverage, lacking, merge
 from pathalign.grading.outbox import Retry
 from pathalign.grading.shards import Shards, SourceMissing, open_shards, referred
@@ -30,7 +29,7 @@ from pathalign.grading.sinks import SinkBusy
 from pathalign.images import ImageSet
 from pathalign.pinning import pinned
 from pathalign.progress import say
-from pathalign.schema import Grade, InputError, RunRecord
+from pathalign.schema import PSEUDONYM, Grade, InputError, RunRecord
 from pathalign.settings.pull import PullConfig
 
 PATIENCE_S = 60.0  # with a Hub that does not answer, where nobody asked to wait
