@@ -138,33 +138,54 @@ def test_every_kind_goes_out_as_one_commit_and_again_without_changes_as_none(hub
 
 @pytest.mark.slow
 def test_the_snippets_of_all_cards_run_on_a_machine_that_knows_only_the_hub(hub, publisher, originals, tmp_path):
-    names = [name for name in REPO_OF if name != "evaluation"]
+    names, stock = [name for name in REPO_OF if name != "evaluation"], []
     for name in names:
         publisher.made(originals[name], f"lab/{name}", *EXTRA.get(name, []))
     code = ""
     for name in names:
-        card = content(hub, REPO_OF[name], f"lab/{name}")["README.md"].decode()
-        snippet = "\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL))
-        snippet = snippet.replace("COMMIT", newest(hub, REPO_OF[name], f"lab/{name}"))
+        snippet, *more = snippets(hub, REPO_OF[name], f"lab/{name}")
         result = {"base": "images", "adapter": "images", "reward": "rewards"}.get(name, "candidates")
         code += f"{snippet}\nprint({name!r}, len({result}))\n"
-    code += "print(type(model).__module__.split('.')[0], *judged[0])\n"
+        stock = more or stock
     for name in ("base", "reward"):  # what is on main now has been read by nobody
         files = content(hub, "models", f"lab/{name}")
-        sources = {path: data + b"\nraise SystemExit(f'{__file__} of main ran')\n" for path, data in files.items()}
+        sources = {path: data + b"\nraise SystemExit('code of main')\n" for path, data in files.items()}
         put(hub, "models", f"lab/{name}", **{path: text for path, text in sources.items() if path.endswith(".py")})
+    code += UNPINNED.format('DiffusionPipeline.from_pretrained("lab/base", custom_pipeline="lab/base"')
     publisher.made(stable_diffusion_adapter(hub, tmp_path), "lab/words")
-    card = content(hub, "models", "lab/words")["README.md"].decode()
-    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    (snippet,) = snippets(hub, "models", "lab/words")
     code += f"{snippet}\nprint('words', len(images))\n"
     code += "print(len(grades), grades[0]['grader'], agreement['measure'][0])\n"
-    variables = hub.variables(tmp_path / "other")
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+    lines = printed(code, hub, tmp_path)
     assert lines[:4] == ["base 4", "reward 4", "adapter 4", "candidates 30"]
-    assert lines[4:7] == ["grades 1", "feedback 3", "transformers_modules label score"]
+    assert lines[4:7] == ["grades 1", "feedback 3", "code of main"]
     assert lines[7:] == ["words 4", "90 reader-1 krippendorff_alpha"]
+    code = f"{stock[0]}\nprint(type(model).__module__.split('.')[0], *judged[0])\n"
+    code += UNPINNED.format('AutoModel.from_pretrained("lab/reward"')
+    assert printed(code, hub, tmp_path) == ["transformers_modules label score", "code of main"]
+
+
+UNPINNED = """
+try:
+    {}, trust_remote_code=True)
+except SystemExit as ran:
+    print(ran)
+"""
+
+
+def snippets(hub: HubServer, kind: str, name: str) -> list[str]:
+    """The code of a card, with the newest commit where the reader has to name one."""
+    card = content(hub, kind, name)["README.md"].decode()
+    found = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return [snippet.replace("COMMIT", newest(hub, kind, name)) for snippet in found]
+
+
+def printed(code: str, hub: HubServer, place: Path) -> list[str]:
+    """Lines that a process prints which knows the Hub, and nothing of this one."""
+    variables = hub.variables(place / "other")
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
 
 
 def newest(hub: HubServer, kind: str, name: str) -> str:
