@@ -549,6 +549,11 @@ def test_an_evaluation_of_repos_at_commits_is_a_report_on_what_they_held(hub, pu
     assert (result["dataset"]["name"], result["dataset"]["revision"]) == ("lab/cells", cells)
     assert b".eval_results" in b" ".join(path.encode() for path in files)
     publisher.made(originals["base"], "lab/base", "--report", measured(model=f"lab/base@{base}"))
+    samples = make_candidates(tmp_path / "samples")
+    record(samples, "generate", inputs={"model": f"lab/base@{base}"})
+    seen = f"lab/samples@{publisher.made(samples, 'lab/samples')['commit']}"
+    publisher.made(originals["base"], "lab/base", "--report", measured(before=seen))
+    assert "Nothing tells which adapter" in publisher.refused(*call, "--report", measured(after=seen))
     put(hub, "datasets", "lab/cells", more__txt="more")
     error = publisher.refused(*call, "--report", measured(adapter=f"lab/adapter@{commit}"), "--dataset", "lab/cells")
     assert f"but on lab/cells@{cells}, which the records name; leave out `--dataset`" in error

@@ -66,8 +66,12 @@ def report_of(artefact: Artefact, folder: str, dataset: str | None = None) -> Re
 
 def _sampled_from(report: Path, record: RunRecord, column: str) -> dict[str, str]:
     """Inputs of the samples that were measured, if they still are what they were."""
-    folder = moved(Path(str(record.config.get(column))), report)
-    if not (folder / RunRecord.FILE_NAME).is_file() or fingerprint(folder) != record.inputs.get(column):
+    known = record.inputs.get(column, "")
+    if pinned := pinned_repo(known):
+        folder = HubRepo(pinned.name, "dataset").folder(str(pinned.revision), only=[RunRecord.FILE_NAME])
+    else:
+        folder = moved(Path(str(record.config.get(column))), report)
+    if not (folder / RunRecord.FILE_NAME).is_file() or (pinned is None and fingerprint(folder) != known):
         return {}
     return RunRecord.load(folder).inputs
 
