@@ -13,6 +13,7 @@ from pathlib import Path
 from pathalign.schema import InputError
 
 REPO_TYPES = ("model", "dataset", "space")
+HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2")  # the client (2.4) does not wrap their errors
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Reference:
 
 def is_repo_id(path_or_repo_id: str | Path) -> bool:
     """Whether this is `OWNER/NAME` of a repo, and not a folder or file that exists here."""
+    text = str(path_or_repo_id)
+    return not Path(text).exists() and _names_a_repo(text)
+
+
+def _names_a_repo(text: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    text = str(path_or_repo_id)
-    if Path(text).exists():
-        return False
     try:
         validate_repo_id(text)
     except HFValidationError:
@@ -62,6 +65,15 @@ def parse(path_or_repo_id: str | Path, revision: str | None = None) -> Reference
     if revision and revision != own:
         raise InputError(f"{text!r} and the revision {revision!r} contradict each other; give one of them.")
     return Reference(name, own)
+
+
+def pinned_repo(recorded: str) -> Reference | None:
+    """The repo at one commit that a run record names as an input; None of a folder, which it knows by a hash.
+
+    `parse` reads what somebody types, where a folder that exists here goes first; a record was written elsewhere.
+    """
+    name, _, commit = recorded.rpartition("@")
+    return Reference(name, commit) if commit and _names_a_repo(name) else None
 
 
 def endpoint() -> str:
@@ -110,8 +122,26 @@ def explained(error: Exception, repo_id: str, repo_type: str = "model", revision
                     f"{where} refused your token ({status}). Log in with `hf auth login`, or set HF_TOKEN."
                 )
             return InputError(f"{where} answered {status}. Try again later.")
+        if is_transport(found):
+            return InputError(
+                f"{where} cannot be reached ({type(found).__name__}). Check your connection and HF_ENDPOINT, and run "
+                "the same command again."
+            )
         found = found.__cause__ or found.__context__
     return InputError(f"{where} cannot be read: {first_line(error)}")
+
+
+def is_transport(error: BaseException) -> bool:
+    """Whether nobody answered, or the connection broke: an error of the client's HTTP library, or of a socket.
+
+    The causes of the error are not looked at.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):  # the Hub's answer, though its class is one of the HTTP library's too
+        return False
+    libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return not libraries.isdisjoint(HTTP_LIBRARIES) or isinstance(error, ConnectionError | TimeoutError)
 
 
 def first_line(error: Exception) -> str:

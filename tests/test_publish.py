@@ -38,14 +38,17 @@ from publications import (
     record,
     write_json,
 )
+from safetensors.torch import load_file, save_file
 from small_study import images
 from tiny_stable_diffusion import save_tiny_stable_diffusion
 
 from pathalign.artefacts import fingerprint
 from pathalign.diffusion import lora
 from pathalign.diffusion.loading import load_base
+from pathalign.diffusion.pipeline import base_hash
 
 pytestmark = pytest.mark.hub
+UNET = Path("unet/diffusion_pytorch_model.safetensors")
 TYPES = ("models", "datasets", "spaces")
 REPO_OF = {"base": "models", "reward": "models", "adapter": "models", "candidates": "datasets"}
 REPO_OF |= {"grades": "datasets", "feedback": "datasets", "evaluation": "spaces"}
@@ -95,13 +98,14 @@ def titles(hub: HubServer, kind: str, name: str) -> list[str]:
     return [title for _, title, _ in hub.store.history(repo, hub.store.resolve(repo, "main"))]
 
 
-def put(hub: HubServer, kind: str, name: str, **files: str) -> None:
+def put(hub: HubServer, kind: str, name: str, **files: str | bytes) -> None:
     """What somebody else commits."""
     from base64 import b64encode
 
     lines: list[dict[str, Any]] = [{"key": "header", "value": {"summary": "by hand"}}]
     for path, text in files.items():
-        value = {"path": path.replace("__", "."), "content": b64encode(text.encode()).decode(), "encoding": "base64"}
+        data = text.encode() if isinstance(text, str) else text
+        value = {"path": path.replace("__", "."), "content": b64encode(data).decode(), "encoding": "base64"}
         lines.append({"key": "file", "value": value})
     hub.store.commit(hub.store.repo(kind, name, hub.token), "main", lines)
 
@@ -140,26 +144,60 @@ def test_every_kind_goes_out_as_one_commit_and_again_without_changes_as_none(hub
 
 @pytest.mark.slow
 def test_the_snippets_of_all_cards_run_on_a_machine_that_knows_only_the_hub(hub, publisher, originals, tmp_path):
-    names = [name for name in REPO_OF if name != "evaluation"]
+    names, stock = [name for name in REPO_OF if name != "evaluation"], []
     for name in names:
         publisher.made(originals[name], f"lab/{name}", *EXTRA.get(name, []))
     code = ""
     for name in names:
-        card = content(hub, REPO_OF[name], f"lab/{name}")["README.md"].decode()
-        (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        snippet, *more = snippets(hub, REPO_OF[name], f"lab/{name}")
         result = {"base": "images", "adapter": "images", "reward": "rewards"}.get(name, "candidates")
         code += f"{snippet}\nprint({name!r}, len({result}))\n"
+        stock = more or stock
+    for name in ("base", "reward"):  # what is on main now has been read by nobody
+        files = content(hub, "models", f"lab/{name}")
+        sources = {path: data + b"\nraise SystemExit('code of main')\n" for path, data in files.items()}
+        put(hub, "models", f"lab/{name}", **{path: text for path, text in sources.items() if path.endswith(".py")})
+    code += UNPINNED.format('DiffusionPipeline.from_pretrained("lab/base", custom_pipeline="lab/base"')
     publisher.made(stable_diffusion_adapter(hub, tmp_path), "lab/words")
-    card = content(hub, "models", "lab/words")["README.md"].decode()
-    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    (snippet,) = snippets(hub, "models", "lab/words")
     code += f"{snippet}\nprint('words', len(images))\n"
     code += "print(len(grades), grades[0]['grader'], agreement['measure'][0])\n"
-    variables = hub.variables(tmp_path / "other")
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = done.stdout.splitlines()
+    lines = printed(code, hub, tmp_path)
     assert lines[:4] == ["base 4", "reward 4", "adapter 4", "candidates 30"]
-    assert lines[4:] == ["grades 1", "feedback 3", "words 4", "90 reader-1 krippendorff_alpha"]
+    assert lines[4:7] == ["grades 1", "feedback 3", "code of main"]
+    assert lines[7:] == ["words 4", "90 reader-1 krippendorff_alpha"]
+    code = f"{stock[0]}\nprint(type(model).__module__.split('.')[0], *judged[0])\n"
+    code += UNPINNED.format('AutoModel.from_pretrained("lab/reward"')
+    assert printed(code, hub, tmp_path) == ["transformers_modules label score", "code of main"]
+
+
+UNPINNED = """
+try:
+    {}, trust_remote_code=True)
+except SystemExit as ran:
+    print(ran)
+"""
+
+
+def snippets(hub: HubServer, kind: str, name: str) -> list[str]:
+    """The code of a card, with the newest commit where the reader has to name one."""
+    card = content(hub, kind, name)["README.md"].decode()
+    found = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return [snippet.replace("COMMIT", newest(hub, kind, name)) for snippet in found]
+
+
+def printed(code: str, hub: HubServer, place: Path) -> list[str]:
+    """Lines that a process prints which knows the Hub, and nothing of this one."""
+    variables = hub.variables(place / "other")
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def newest(hub: HubServer, kind: str, name: str) -> str:
+    """The commit that `main` is at."""
+    commit: str = hub.store.resolve(hub.store.repo(kind, name, hub.token), "main")
+    return commit
 
 
 def stable_diffusion_adapter(hub: HubServer, place: Path) -> Path:
@@ -170,7 +208,7 @@ def stable_diffusion_adapter(hub: HubServer, place: Path) -> Path:
     lora.attach(pipeline.unet, 2, 2.0, False, torch.Generator().manual_seed(0))
     (place / "words").mkdir()
     lora.save(pipeline.unet, place / "words")
-    commit = hub.store.resolve(hub.store.repo("models", "lab/diffusion", hub.token), "main")
+    commit = newest(hub, "models", "lab/diffusion")
     config = {"base_model": "lab/diffusion", "base_revision": commit, "prompt": "an image of a {class_name}"}
     metrics = {"class_names": ["red cell", "blue cell"], "grading": {"simulated": False, "functions": ["score:red"]}}
     record(place / "words", "align", config=config, inputs={"base_model": f"lab/diffusion@{commit}"}, metrics=metrics)
@@ -246,9 +284,58 @@ def test_the_base_of_an_adapter_is_known_by_its_content_also_after_a_plain_uploa
     data = front_matter(files["README.md"])
     assert (data["base_model"], data["base_model_relation"]) == ("lab/plain", "adapter")
     config = json.loads(files["run.json"])["config"]
-    plain = hub.store.repo("models", "lab/plain", hub.token)
-    assert (config["base_model"], config["base_revision"]) == ("lab/plain", hub.store.resolve(plain, "main"))
+    assert (config["base_model"], config["base_revision"]) == ("lab/plain", newest(hub, "models", "lab/plain"))
     assert config["data"] == "data" and made["changed"]
+
+
+def test_a_base_is_believed_by_its_weights_and_not_by_what_its_manifest_says(hub, publisher, originals, tmp_path):
+    other, shards = make_base(tmp_path / "other", seed=1), tmp_path / "shards"
+    publisher.made(originals["base"], "lab/base")
+    publisher.made(originals["base"], "lab/edited")
+    weights = (other / UNET).read_bytes()
+    put(hub, "models", "lab/base", **{str(UNET): weights})
+    call = [originals["adapter"], "lab/adapter", "--base-model"]
+    error = publisher.refused(*call, "lab/base")
+    wanted, found = (base_hash(load_base(str(base)).unet) for base in (originals["base"], other))
+    assert f"UNet has the SHA-256 {found}, the adapter was trained on {wanted}" in error
+    shutil.copytree(originals["base"], shards)
+    (shards / UNET).unlink()
+    load_base(str(originals["base"])).unet.save_pretrained(shards / "unet", max_shard_size="10KB")
+    assert len(list((shards / "unet").glob("*-of-*.safetensors"))) > 1
+    upload(hub, tmp_path, shards, "lab/shards")
+    publisher.made(*call, "lab/shards")
+    older = tmp_path / "older"  # which carries no hash of its base
+    shutil.copytree(originals["adapter"], older)
+    save_file(load_file(older / "pytorch_lora_weights.safetensors"), older / "pytorch_lora_weights.safetensors")
+    put(hub, "models", "lab/edited", README__md="changed on the page")
+    publisher.made(older, "lab/older", "--base-model", "lab/edited")
+    put(hub, "models", "lab/edited", **{"scheduler/scheduler_config.json": "{}"})
+    assert "its content has the fingerprint" in publisher.refused(older, "lab/older", "--base-model", "lab/edited")
+
+
+def trained_on(adapter: Path, place: Path, commit: str) -> Path:
+    """The same adapter as if `lab/base` had been read from the Hub at a commit."""
+    shutil.copytree(adapter, place)
+    run = json.loads((place / "run.json").read_text())
+    run["config"] |= {"base_model": "lab/base", "base_revision": commit}
+    run["inputs"]["base_model"] = f"lab/base@{commit}"
+    write_json(place / "run.json", run)
+    return place
+
+
+def test_an_adapter_of_a_newer_commit_of_the_same_base_replaces_the_older_one(hub, publisher, originals, tmp_path):
+    first = publisher.made(originals["base"], "lab/base")["commit"]
+    publisher.made(trained_on(originals["adapter"], tmp_path / "first", first), "lab/adapter")
+    put(hub, "models", "lab/base", README__md="another card")
+    second = newest(hub, "models", "lab/base")
+    retrained = make_adapter(tmp_path / "retrained", originals["base"], seed=3)
+    made = publisher.made(trained_on(retrained, tmp_path / "second", second), "lab/adapter")
+    assert made["changed"] and second != first
+    card = content(hub, "models", "lab/adapter")["README.md"].decode()
+    assert f'base, revision = "lab/base", "{second}"' in card
+    elsewhere = make_adapter(tmp_path / "elsewhere", make_base(tmp_path / "other", seed=1))
+    error = publisher.refused(trained_on(elsewhere, tmp_path / "third", second), "lab/adapter")
+    assert "of another base model, lab/base with a UNet of SHA-256" in error
 
 
 def test_private_things_do_not_slip_into_a_public_repo(hub, publisher, originals, tmp_path):
@@ -471,6 +558,18 @@ def test_a_hub_that_refuses_is_not_asked_again(hub, publisher, originals, tmp_pa
     assert hub.faults.hits["403"] == 1
 
 
+def test_where_nobody_answers_the_error_says_so_and_what_to_do(originals, hub, tmp_path):
+    code = "from pathalign.hub import commits; commits.UNREACHABLE_PATIENCE_S = 0.0\n"
+    code += f"from pathalign.cli import main; main(['publish', {str(originals['reward'])!r}, 'lab/reward'])"
+    variables = hub.variables(tmp_path, HF_ENDPOINT="http://127.0.0.1:1")
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert (
+        "The model 'lab/reward' on http://127.0.0.1:1 cannot be reached (ConnectError). Check your con" in done.stderr
+    )
+    assert "HF_ENDPOINT, and run the same command again" in done.stderr
+
+
 def test_a_tag_stays_where_it_is(hub, publisher, originals, tmp_path):
     folder = make_reward(tmp_path / "reward")
     first, again = [publisher.made(folder, "lab/r", "--revision-tag", "v1") for _ in range(2)]
@@ -480,15 +579,20 @@ def test_a_tag_stays_where_it_is(hub, publisher, originals, tmp_path):
     assert f"'v1' of lab/r is at commit {first['commit'][:8]} already" in error
     assert len(titles(hub, "models", "lab/r")) == 2
     second = publisher.made(newer, "lab/r", "--revision-tag", "v2")
+    dry, again = (publisher(newer, "lab/r", "--revision-tag", "v3", *more)["out"] for more in (["--dry-run"], []))
+    assert "nothing has changed since the last commit. The commit would have the tag v3." in dry
+    assert f"Nothing has changed since commit {second['commit']}, which has the tag v3; no commit was made." in again
     repo = hub.store.repo("models", "lab/r", hub.token)
-    assert (hub.store.resolve(repo, "v1"), hub.store.resolve(repo, "v2")) == (first["commit"], second["commit"])
+    assert [hub.store.resolve(repo, tag) for tag in ("v1", "v2", "v3")] == [first["commit"], *[second["commit"]] * 2]
 
 
 def test_figures_are_the_reports_own_in_table_front_matter_and_eval_results(hub, publisher, originals, tmp_path):
     publisher.made(originals["base"], "lab/base")
     hub.store.create("datasets", "lab/cells")
     cells = hub.store.repo("datasets", "lab/cells", hub.token)
-    hub.store.add_ref(cells, "refs/tags/v3", hub.store.resolve(cells, "main"))
+    commit = newest(hub, "datasets", "lab/cells")
+    hub.store.add_ref(cells, "refs/tags/v3", commit)
+    put(hub, "datasets", "lab/cells", later__txt="not measured")
     call = [originals["adapter"], "lab/adapter", *EXTRA["adapter"], "--report", originals["evaluation"]]
     assert "has no revision 'v4'" in publisher.refused(*call, "--dataset", "lab/cells@v4")
     assert "The dataset 'lab/absent' on" in publisher.refused(*call, "--dataset", "lab/absent@v3")
@@ -497,7 +601,7 @@ def test_figures_are_the_reports_own_in_table_front_matter_and_eval_results(hub,
     data = front_matter(files["README.md"])
     (result,) = data["model-index"][0]["results"]
     assert data["model-index"][0]["name"] == "lab/adapter" and data["license"] == "mit"
-    assert result["dataset"] == {"name": "lab/cells", "type": "lab/cells", "split": "test", "revision": "v3"}
+    assert result["dataset"] == {"name": "lab/cells", "type": "lab/cells", "split": "test", "revision": commit}
     assert data["datasets"] == ["lab/cells"]
     report = json.loads((originals["evaluation"] / "metrics.json").read_text())["metrics"]["after"]
     shown = {metric["type"]: metric["value"] for metric in result["metrics"]}
@@ -505,7 +609,7 @@ def test_figures_are_the_reports_own_in_table_front_matter_and_eval_results(hub,
     assert result["metrics"][0]["args"] == {"n": 500, "interval": report["plausible_ci"]}
     entries = yaml.safe_load(files[".eval_results/pathalign.yaml"])
     assert {entry["dataset"]["task_id"]: entry["value"] for entry in entries} == shown
-    assert entries[0]["dataset"] == {"id": "lab/cells", "task_id": "plausible_share", "revision": "v3"}
+    assert entries[0]["dataset"] == {"id": "lab/cells", "task_id": "plausible_share", "revision": commit}
     assert "n = 500, interval 0.67 to 0.75; split test" in entries[0]["notes"]
     card = files["README.md"].decode()
     assert "| plausible, by the judge | 0.54 (0.5 to 0.58) | 0.71 (0.67 to 0.75) | 0.9 |" in card
@@ -514,6 +618,9 @@ def test_figures_are_the_reports_own_in_table_front_matter_and_eval_results(hub,
     assert data["widget"][0]["output"]["url"] == "images/samples_after.png"
     assert "- recall: 0.61 to 0.57" in card and "no near-copy of one: not measured" in card
     assert "Criteria: nucleus." in card and "| 90 | 3 | 0.7 |" in card
+    publisher.made(*call, "--dataset", "lab/cells")
+    card = content(hub, "models", "lab/adapter")["README.md"].decode()
+    assert f"`lab/cells`, revision {newest(hub, 'datasets', 'lab/cells')}, as the publisher states." in card
 
 
 def test_a_rewards_figures_name_the_feedback_that_they_were_measured_on_and_no_other(
@@ -531,6 +638,40 @@ def test_a_rewards_figures_name_the_feedback_that_they_were_measured_on_and_no_o
     assert result["dataset"]["revision"] == entries[0]["dataset"]["revision"] == feedback["commit"]
     assert [entry["value"] for entry in entries] == [metric["value"] for metric in result["metrics"]] == [0.913, 0.04]
     assert f"`lab/feedback`, revision {feedback['commit']}." in files["README.md"].decode()
+    put(hub, "datasets", "lab/feedback", **{"feedback/grades.parquet": "other grades"})
+    publisher.made(*call[:3], "lab/feedback")  # its manifest says the same, and is no longer true
+    assert "as the publisher states." in content(hub, "models", "lab/reward")["README.md"].decode()
+
+
+def test_an_evaluation_of_repos_at_commits_is_a_report_on_what_they_held(hub, publisher, originals, tmp_path):
+    base = publisher.made(originals["base"], "lab/base")["commit"]
+    call = [originals["adapter"], "lab/adapter", *EXTRA["adapter"]]
+    commit = publisher.made(*call)["commit"]
+    hub.store.create("datasets", "lab/cells")
+    cells = newest(hub, "datasets", "lab/cells")
+    evaluation = make_evaluation(tmp_path / "evaluation", originals["adapter"])
+
+    def measured(**inputs: str) -> Path:
+        record(evaluation, "evaluate", config=inputs, inputs={"data": f"lab/cells@{cells}", **inputs})
+        return evaluation
+
+    publisher.made(*call, "--report", measured(adapter=f"lab/adapter@{commit}"))
+    files = content(hub, "models", "lab/adapter")
+    (result,) = front_matter(files["README.md"])["model-index"][0]["results"]
+    assert (result["dataset"]["name"], result["dataset"]["revision"]) == ("lab/cells", cells)
+    assert b".eval_results" in b" ".join(path.encode() for path in files)
+    publisher.made(originals["base"], "lab/base", "--report", measured(model=f"lab/base@{base}"))
+    samples = make_candidates(tmp_path / "samples")
+    record(samples, "generate", inputs={"model": f"lab/base@{base}"})
+    seen = f"lab/samples@{publisher.made(samples, 'lab/samples')['commit']}"
+    publisher.made(originals["base"], "lab/base", "--report", measured(before=seen))
+    assert "Nothing tells which adapter" in publisher.refused(*call, "--report", measured(after=seen))
+    put(hub, "datasets", "lab/cells", more__txt="more")
+    error = publisher.refused(*call, "--report", measured(adapter=f"lab/adapter@{commit}"), "--dataset", "lab/cells")
+    assert f"but on lab/cells@{cells}, which the records name; leave out `--dataset`" in error
+    put(hub, "models", "lab/adapter", **{"pytorch_lora_weights.safetensors": "something else"})
+    changed = f"lab/adapter@{newest(hub, 'models', 'lab/adapter')}"
+    assert f"another adapter ({changed}, finger" in publisher.refused(*call, "--report", measured(adapter=changed))
 
 
 def test_a_report_about_something_else_is_refused(hub, publisher, originals, tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from pathalign.cards.facts import TAGS, Grading, Terms, fill
+from pathalign.cards.facts import SIMULATED_TAG, TAGS, Grading, Terms, fill
 from pathalign.schema import DISCLAIMER, RunRecord
 
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"))
@@ -83,7 +83,7 @@ def feedback_card(
     metadata = _metadata(
         terms,
         sum(counts.values()),
-        ["human-feedback", *(["simulated-feedback"] if simulated else ["expert-feedback"])],
+        ["human-feedback", *([SIMULATED_TAG] if simulated else ["expert-feedback"])],
         [
             {
                 "config_name": name,

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 NOT_MEASURED, NOT_STATED = "not measured", "not stated"
 TAGS = ["pathalign", "medical-imaging", "synthetic", "not-for-diagnosis"]
+SIMULATED_TAG = "simulated-feedback"
 
 
 @dataclass(frozen=True)

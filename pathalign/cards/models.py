@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from pathalign.artefacts import write_atomically
 from pathalign.cards import measures
-from pathalign.cards.facts import TAGS, Grading, MeasuredOn, Terms, fill
+from pathalign.cards.facts import SIMULATED_TAG, TAGS, Grading, MeasuredOn, Terms, fill
 from pathalign.remote import is_repo_id
 from pathalign.schema import DISCLAIMER, InputError, RunRecord
 
@@ -64,7 +64,7 @@ def render(
         report: `metrics.json` of `pathalign evaluate`, or for a reward model its `evaluation.json`.
         grading: Who graded; a base model has none.
         base_model: Hub id or folder of the model that an adapter belongs to. A folder stays out of the front matter.
-        base_revision: Commit of `base_model` that the snippet loads.
+        base_revision: Commit of `base_model` whose weights and code the snippet loads; readers name it where None.
         class_names: Classes in the order of their ids.
         prompts: What Stable Diffusion is asked for, class by class; a class-conditional model has none.
         criteria: Checklist that the images were judged against; None if not known.
@@ -86,7 +86,7 @@ def render(
         license=terms.license,
         library_name=LIBRARY[kind],
         pipeline_tag=task,
-        tags=[*TAGS, *_tags(kind, record, prompts)],
+        tags=[*TAGS, *_tags(kind, record, grading, prompts)],
         datasets=[measured_on.dataset] if measured_on.dataset else None,
         base_model=base_model if on_hub else None,
         base_model_relation="adapter" if on_hub and kind == "lora_adapter" else None,
@@ -102,6 +102,7 @@ def render(
         grading=grading,
         base_model=base_model if on_hub or base_model is None else Path(base_model).name,
         base_revision=base_revision if on_hub else None,
+        base_on_hub=on_hub,
         class_names=list(class_names),
         prompts=list(prompts),
         criteria=criteria,
@@ -120,7 +121,8 @@ def _figures(kind: CardKind, report: Mapping[str, Any]) -> dict[str, Any]:
     figures = own_figures(kind, report)
     columns = ("before", "real") if kind == "diffusion_base" else tuple(measures.COLUMNS)
     return {
-        "headline": report.get("headline"),
+        # A report's headline is about the aligned model.
+        "headline": report.get("headline") if kind == "lora_adapter" else None,
         "image_table": measures.image_table(report.get("metrics") or {}, columns),
         "n_own": figures.get("n"),
         "authenticity": measures.number(figures, "authenticity"),
@@ -165,12 +167,15 @@ def _check(kind: str, grading: Grading | None, base_model: str | None) -> None:
         raise InputError(f"The card of a {kind} needs `grading`: who gave the grades that it learned from.")
 
 
-def _tags(kind: CardKind, record: RunRecord, prompts: Sequence[str]) -> list[str]:
-    """An adapter's tags say what it belongs to, and which method made it."""
-    if kind != "lora_adapter":
-        return KIND_TAGS[kind]
-    method = record.metrics.get("method")
-    return [*KIND_TAGS[kind], "stable-diffusion" if prompts else "class-conditional", *([method] if method else [])]
+def _tags(kind: CardKind, record: RunRecord, grading: Grading | None, prompts: Sequence[str]) -> list[str]:
+    """Tags say whose feedback it was if networks gave it, and of an adapter what it belongs to and how it was made."""
+    tags = list(KIND_TAGS[kind])
+    if grading is not None and grading.simulated:
+        tags.append(SIMULATED_TAG)
+    if kind == "lora_adapter":
+        method = record.metrics.get("method")
+        tags += ["stable-diffusion" if prompts else "class-conditional", *([method] if method else [])]
+    return tags
 
 
 def _widget(sheet: Sheet, asked: Sequence[str]) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def text_of(result: Publication) -> str:
     """The plan, or where it went, for people."""
     if not result.dry_run:
         if not result.changed:
-            return f"{result.url}\nNothing has changed since commit {result.commit}; no commit was made."
+            tagged = f", which has the tag {result.tag}" if result.tag else ""
+            return f"{result.url}\nNothing has changed since commit {result.commit}{tagged}; no commit was made."
         return f"{result.url}\nCommit {result.commit}, {len(result.files)} files" + (
             f", tag {result.tag}" if result.tag else ""
         )
@@ -80,7 +81,7 @@ def text_of(result: Publication) -> str:
     lines = [f"{result.url} ({seen} {result.repo_type}{', would be made' if result.new else ''}): {result.kind}"]
     lines += [f"  {entry['change']:<6} {entry['size']:>12,}  {entry['path']}" for entry in result.files]
     lines += [f"- {check}" for check in result.checks]
-    lines += [
-        "Dry run: nothing was changed." if result.changed else "Dry run: nothing has changed since the last commit."
-    ]
+    tagged = f" The commit would have the tag {result.tag}." if result.tag else ""
+    done = "nothing was changed" if result.changed else "nothing has changed since the last commit"
+    lines += [f"Dry run: {done}.{tagged}"]
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -190,8 +190,13 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
 
 def base_hash(unet: UNet2DConditionModel) -> str:
     """SHA-256 of a UNet's own weights, whatever adapters it has, on any device, in single or half precision."""
+    return weights_hash(sorted(unet.state_dict().items()))
+
+
+def weights_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """`base_hash` of a UNet's tensors with their names, sorted by them."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(unet.state_dict().items()):
+    for name, tensor in tensors:
         if "lora_" not in name:
             values = tensor.detach().cpu().to(torch.float16).contiguous()
             digest.update(name.replace(".base_layer", "").encode() + values.numpy().tobytes())

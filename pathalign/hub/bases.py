@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pathalign.artefacts import fingerprint
-from pathalign.hub.commits import MANIFEST, HubRepo
+from pathalign.hub.commits import HubRepo
 from pathalign.hub.kinds import Artefact
-from pathalign.remote import explained
+from pathalign.remote import explained, pinned_repo
 from pathalign.schema import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # as diffusers names them, without a variant
+SHARDS, INDEX = WEIGHTS.replace(".", "-*-of-*."), f"{WEIGHTS}.index.json"
 
 
 @dataclass(frozen=True)
@@ -20,13 +26,13 @@ class Base:
 
     Attributes:
         repo_id: `OWNER/NAME`.
-        revision: Commit that was compared; for a base that came from the Hub, the revision of the adapter's record.
-        fingerprint: What adapters of the same base have in common.
+        revision: Commit that was compared; for a base that came from the Hub, the one that the adapter was trained on.
+        fingerprint: What adapters of the same base have in common: the SHA-256 of its UNet's weights.
         index: Its `model_index.json`.
     """
 
     repo_id: str
-    revision: str | None
+    revision: str
     fingerprint: str
     index: dict[str, Any]
 
@@ -45,6 +51,8 @@ class Base:
 def base_of(adapter: Artefact, given: str | None) -> Base:
     """The adapter's base model on the Hub.
 
+    It is known by the UNet's hash that the adapter carries, else by the fingerprint of its folder.
+
     Args:
         adapter: Its run record names the base by a Hub id, or by the fingerprint of a folder.
         given: Repo that holds that folder, for `--base-model`.
@@ -52,14 +60,15 @@ def base_of(adapter: Artefact, given: str | None) -> Base:
     Raises:
         InputError: If no repo is named, there is no such repo, or another model is in it.
     """
-    named, known = str(adapter.record.config["base_model"]), adapter.record.inputs["base_model"]
-    if known.split("@")[0] == named:  # a Hub id, pinned: only folders have a fingerprint
-        if given not in (None, named):
+    named, known = str(adapter.record.config["base_model"]), str(adapter.record.inputs["base_model"])
+    carried = _carried(adapter)
+    if pinned := pinned_repo(known):
+        if given not in (None, pinned.name):
             raise InputError(
-                f"The adapter was trained on {named!r} from the Hub, not on {given!r}; leave out --base-model."
+                f"The adapter was trained on {pinned.name!r} from the Hub, not on {given!r}; leave out --base-model."
             )
-        revision = adapter.record.config.get("base_revision")
-        return Base(named, revision, known, _index(HubRepo(named, "model"), revision))
+        repo, commit = HubRepo(pinned.name, "model"), str(pinned.revision)
+        return Base(repo.repo_id, commit, carried or unet_hash(repo, commit), _index(repo, commit))
     if given is None:
         raise InputError(
             f"The adapter was trained on the folder {named}, which readers do not have. Publish it with "
@@ -69,34 +78,69 @@ def base_of(adapter: Artefact, given: str | None) -> Base:
     head = repo.head()
     if head is None:
         raise explained(_absent(), given)
-    found = published_fingerprint(repo, head.commit, head.manifest)
-    if found != known:
+    index, unet = _index(repo, head.commit), unet_hash(repo, head.commit)
+    what, found, wanted = "UNet has the SHA-256", unet, carried
+    if carried is None:
+        what, found, wanted = "content has the fingerprint", repo.fingerprint(head), known
+    if found != wanted:
         raise InputError(
-            f"{given} is not the base model of this adapter: its content has the fingerprint {found}, the adapter was "
-            f"trained on {known} ({named}). Give the repo that holds that model."
+            f"{given} is not the base model of this adapter: its {what} {found}, the adapter was trained on {wanted} "
+            f"({named}). Give the repo that holds that model."
         )
-    return Base(given, head.commit, known, _index(repo, head.commit))
+    return Base(given, head.commit, unet, index)
 
 
-def published_fingerprint(repo: HubRepo, commit: str, manifest: dict[str, Any]) -> str:
-    """Fingerprint of the folder that was uploaded to a repo, as run records name it.
+def _carried(adapter: Artefact) -> str | None:
+    """The hash of the base's UNet in an adapter's weights, else in its record; older ones have none."""
+    from safetensors import safe_open
 
-    What `pathalign publish` put there says so in its manifest; of a plain upload it is computed from all files, without
-    those that the Hub adds.
+    from pathalign.diffusion.pipeline import BASE_KEY, LORA_WEIGHTS_NAME
+
+    path = adapter.folder / LORA_WEIGHTS_NAME
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        if BASE_KEY in metadata:
+            return str(metadata[BASE_KEY])
+    return adapter.record.inputs.get("base_unet")
+
+
+def unet_hash(repo: HubRepo, commit: str) -> str:
+    """`base_hash` of the UNet in a repo, of its weights as diffusers would load them, one tensor in memory at a time.
+
+    Raises:
+        InputError: If it has none in safetensors.
     """
-    if manifest.get("fingerprint"):
-        return str(manifest["fingerprint"])
-    ignored = [MANIFEST, ".gitattributes", ".eval_results/*"]
-    folder = repo.again(
-        lambda: repo.api.snapshot_download(
-            repo.repo_id, repo_type=repo.repo_type, revision=commit, ignore_patterns=ignored
-        )
-    )
-    return fingerprint(Path(folder))
+    from safetensors import safe_open
+
+    from pathalign.diffusion.pipeline import weights_hash
+
+    folder = repo.folder(commit, only=[f"unet/{name}" for name in (WEIGHTS, INDEX, SHARDS)]) / "unet"
+    files = _files(folder)
+    if not all(path.is_file() for path in files):
+        raise InputError(f"{repo.url} has no UNet in safetensors at {commit[:8]}; give the repo of a base model.")
+    where: dict[str, Path] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            where |= dict.fromkeys(file.keys(), path)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(where):
+            with safe_open(where[name], "pt") as file:
+                yield name, file.get_tensor(name)
+
+    return weights_hash(tensors())
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those that the index names, if there is one, else the only one."""
+    if not (folder / INDEX).is_file():
+        return [folder / WEIGHTS]
+    return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
 
 
 def _index(repo: HubRepo, revision: str | None) -> dict[str, Any]:
-    path = repo.again(lambda: repo.api.hf_hub_download(repo.repo_id, "model_index.json", revision=revision))
+    path = repo.again(lambda: repo.api.hf_hub_download(repo.repo_id, "model_index.json", revision=revision), revision)
     content: dict[str, Any] = json.loads(Path(path).read_text())
     return content
 

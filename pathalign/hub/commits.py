@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pathalign.artefacts import fingerprint
 from pathalign.progress import say
-from pathalign.remote import endpoint, explained
+from pathalign.remote import endpoint, explained, is_transport
 from pathalign.schema import InputError
 
 MANIFEST = "pathalign.json"
+# What a fingerprint leaves out, and may change on the repo's page: nothing that a stage reads.
+BESIDE = ("README.md", "run.json")
 RETRIED_STATUS = (408, 409, 412, 425, 429)  # and all from 500 on
 PATIENCE_S = 600.0  # with a Hub that answers: its rate limits last up to five minutes
 UNREACHABLE_PATIENCE_S = 60.0
@@ -88,22 +91,39 @@ class HubRepo:
         """What it holds now; None if there is no such repo, or the token may not see it."""
         return self.again(self._head)
 
-    def manifest(self, revision: str | None) -> dict[str, Any]:
-        """What `pathalign publish` says of itself at a revision; empty if something else is there.
+    def at(self, revision: str | None) -> Head:
+        """What it holds at a revision; None is its newest.
 
         Raises:
             InputError: If there is no such repo or revision.
         """
-        from huggingface_hub.errors import EntryNotFoundError
+        return self.again(lambda: self._at(revision), revision)
 
-        def read() -> dict[str, Any]:
-            self.api.repo_info(self.repo_id, repo_type=self.repo_type, revision=revision)
-            try:
-                return self._json(MANIFEST, revision)
-            except EntryNotFoundError:
-                return {}
+    def is_as_published(self, head: Head) -> bool:
+        """Whether all files that the manifest names are still those that were published, without card and record."""
+        told = {path: sha256 for path, sha256 in head.manifest.get("files", {}).items() if path not in BESIDE}
+        return bool(told) and self.again(
+            lambda: all(path in head.files and self._unchanged(head, path, told[path]) for path in told)
+        )
 
-        return self.again(read, revision)
+    def fingerprint(self, head: Head) -> str:
+        """Fingerprint of the folder that was uploaded, as run records name it.
+
+        What `pathalign publish` put there says so in its manifest, as long as nobody changed it since; of a plain
+        upload it is computed from all files, without those that the Hub adds.
+        """
+        if head.manifest.get("fingerprint") and self.is_as_published(head):
+            return str(head.manifest["fingerprint"])
+        return fingerprint(self.folder(head.commit, ignore=[MANIFEST, ".gitattributes", ".eval_results/*"]))
+
+    def folder(self, commit: str, only: list[str] | None = None, ignore: list[str] | None = None) -> Path:
+        """Where the files of a commit lie once they are fetched; all that match a glob pattern."""
+        fetched = self.again(
+            lambda: self.api.snapshot_download(
+                self.repo_id, repo_type=self.repo_type, revision=commit, allow_patterns=only, ignore_patterns=ignore
+            )
+        )
+        return Path(fetched)
 
     def exists_as(self, repo_type: str) -> bool:
         """Whether a repo of this name is there as another type."""
@@ -234,11 +254,14 @@ class HubRepo:
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
         try:
-            info = self.api.repo_info(self.repo_id, repo_type=self.repo_type, files_metadata=True)
+            return self._at(None)
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
             return None
+
+    def _at(self, revision: str | None) -> Head:
+        info = self.api.repo_info(self.repo_id, repo_type=self.repo_type, revision=revision, files_metadata=True)
         files = {
             file.rfilename: RemoteFile(file.size or 0, file.blob_id or "", file.lfs.sha256 if file.lfs else None)
             for file in getattr(info, "siblings", None) or []
@@ -298,8 +321,7 @@ def waiting_time_s(error: BaseException, tries: int) -> float | None:
     for cause in _causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             return None
-        cut = type(cause).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
-        if cut or isinstance(cause, ConnectionError | TimeoutError | json.JSONDecodeError):
+        if is_transport(cause) or isinstance(cause, json.JSONDecodeError):
             return backoff
     return None
 

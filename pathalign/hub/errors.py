@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pathalign.remote import endpoint, explained
+from pathalign.remote import endpoint, explained, is_transport
 from pathalign.schema import InputError
 
 ZERO_GPU = "zero-a10g"
@@ -39,14 +39,9 @@ def speaking_of(repo_id: str, repo_type: str = "space") -> Iterator[None]:
             ) from error
         raise explained(error, repo_id, repo_type) from error
     except Exception as error:
-        if not _is_transport(error):
+        if not is_transport(error):
             raise
         raise InputError(
             f"{endpoint()} cannot be reached ({type(error).__name__}): check your connection and HF_ENDPOINT, and run "
             "the same command again."
         ) from error
-
-
-def _is_transport(error: Exception) -> bool:
-    """Whether it is an error of the client's HTTP library, which huggingface_hub does not wrap (2.4)."""
-    return any(base.__module__.partition(".")[0] in ("httpx2", "httpcore2") for base in type(error).__mro__)

@@ -123,8 +123,12 @@ def check_replaceable(head: Head, artefact: Artefact, staged: Staged, repo: HubR
     elif found != kind:
         raise InputError(f"{repo.url} holds something of the kind {found}, this is of the kind {kind}; {other}")
     before, now = head.manifest, staged.facts
-    if "base_model" in before and before["base_model"] != now.get("base_model"):
-        raise InputError(f"{repo.url} holds an adapter of another base model, {before.get('base_repo')}; {other}")
+    if "base_model" in before and before["base_model"] != now.get("base_model"):  # by its content, not by a commit
+        raise InputError(
+            f"{repo.url} holds an adapter of another base model, {before.get('base_repo')} with a UNet of SHA-256 "
+            f"{before['base_model'][:12]}..., this one is for {now.get('base_repo')} with "
+            f"{str(now.get('base_model'))[:12]}...; {other}"
+        )
     if "class_names" in before and before["class_names"] != now.get("class_names"):
         raise InputError(
             f"{repo.url} has the classes {before['class_names']}, this has {now.get('class_names')}; {other}"

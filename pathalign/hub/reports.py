@@ -13,6 +13,7 @@ from pathalign.artefacts import fingerprint
 from pathalign.cards import MeasuredOn, Sheet
 from pathalign.hub.commits import HubRepo
 from pathalign.hub.kinds import Artefact, moved
+from pathalign.remote import pinned_repo
 from pathalign.schema import InputError, RunRecord
 
 SHEETS = {"before": "Samples of the base model", "after": "Samples of the aligned model"}
@@ -51,9 +52,10 @@ def report_of(artefact: Artefact, folder: str, dataset: str | None = None) -> Re
             f"Nothing tells which {name} {folder} measured: its samples {record.config.get(column)} are gone. "
             "Evaluate again, with `--adapter` if it is about one."
         )
-    if measured != artefact.fingerprint:
+    if (found := _fingerprint(measured)) != artefact.fingerprint:
+        where = f"{measured}, " if found != measured else ""
         raise InputError(
-            f"{folder} measured another {name} (fingerprint {measured}) than {artefact.folder} "
+            f"{folder} measured another {name} ({where}fingerprint {found}) than {artefact.folder} "
             f"({artefact.fingerprint}); evaluate this one, or leave out `--report`."
         )
     metrics = json.loads((place / "metrics.json").read_text())
@@ -64,10 +66,23 @@ def report_of(artefact: Artefact, folder: str, dataset: str | None = None) -> Re
 
 def _sampled_from(report: Path, record: RunRecord, column: str) -> dict[str, str]:
     """Inputs of the samples that were measured, if they still are what they were."""
-    folder = moved(Path(str(record.config.get(column))), report)
-    if not (folder / RunRecord.FILE_NAME).is_file() or fingerprint(folder) != record.inputs.get(column):
+    known = record.inputs.get(column, "")
+    if pinned := pinned_repo(known):
+        folder = HubRepo(pinned.name, "dataset").folder(str(pinned.revision), only=[RunRecord.FILE_NAME])
+    else:
+        folder = moved(Path(str(record.config.get(column))), report)
+    if not (folder / RunRecord.FILE_NAME).is_file() or (pinned is None and fingerprint(folder) != known):
         return {}
     return RunRecord.load(folder).inputs
+
+
+def _fingerprint(measured: str) -> str:
+    """Fingerprint of a model that a record names: of a folder it is known, of a repo it is read at that commit."""
+    pinned = pinned_repo(measured)
+    if pinned is None:
+        return measured
+    repo = HubRepo(pinned.name, "model")
+    return repo.fingerprint(repo.at(pinned.revision))
 
 
 def copy_sheets(report: Report, columns: Sequence[str], place: Path) -> list[Sheet]:
@@ -94,12 +109,12 @@ def measured_on(given: str | None, record: RunRecord, name: str, beside: Path) -
     Raises:
         InputError: If the dataset that was given is not on the Hub, or is known to hold something else.
     """
-    source, known = str(record.config.get(name)), record.inputs.get(name, "")
+    known = record.inputs.get(name, "")
     if given:
         return _stated(given, known)
-    if known.split("@")[0] == source:  # a Hub id, or one with its revision: only folders have a fingerprint
-        return MeasuredOn(source, record.config.get(f"{name}_revision"))
-    folder = moved(Path(source), beside)
+    if pinned := pinned_repo(known):
+        return MeasuredOn(pinned.name, pinned.revision)
+    folder = moved(Path(str(record.config.get(name))), beside)
     if (folder / RunRecord.FILE_NAME).is_file() and fingerprint(folder) == known:
         prepared = RunRecord.load(folder)
         origin = str(prepared.config.get("source", ""))
@@ -110,13 +125,24 @@ def measured_on(given: str | None, record: RunRecord, name: str, beside: Path) -
 
 
 def _stated(given: str, known: str) -> MeasuredOn:
-    """A dataset that the publisher names. What `pathalign publish` put there can be compared, else it is their word."""
+    """A dataset that the publisher names, at the commit that it is at now.
+
+    What `pathalign publish` put there can be compared, unless somebody changed it; else it is their word.
+    """
     dataset, _, revision = given.partition("@")
-    manifest = HubRepo(dataset, "dataset").manifest(revision or None)
-    found = manifest.get("fingerprint")
+    repo = HubRepo(dataset, "dataset")
+    head = repo.at(revision or None)
+    if pinned := pinned_repo(known):
+        if (dataset, head.commit) != (pinned.name, pinned.revision):
+            raise InputError(
+                f"The figures were not measured on {given} (commit {head.commit[:8]}) but on {pinned}, which the "
+                "records name; leave out `--dataset`."
+            )
+        return MeasuredOn(dataset, head.commit)
+    found = head.manifest.get("fingerprint")
     if found not in (None, known):
         raise InputError(
-            f"The figures were not measured on {given}, which holds {manifest.get('kind')} of the fingerprint {found}, "
-            f"but on images of the fingerprint {known}; give the dataset that holds those."
+            f"The figures were not measured on {given}, which holds {head.manifest.get('kind')} of the fingerprint "
+            f"{found}, but on images of the fingerprint {known}; give the dataset that holds those."
         )
-    return MeasuredOn(dataset, revision or None, stated=found is None)
+    return MeasuredOn(dataset, head.commit, stated=found is None or not repo.is_as_published(head))
