@@ -171,7 +171,7 @@ REFUSED = {
         ["`reward_model`:", "is a pipeline", "give a reward model", "pathalign reward"],
     ),
     "backbone as reward model": ([*GENERATE, "lab/base", "--reward-model", "lab/vit"], ["is a transformers model"]),
-    "model as dataset": (["feedback", "--candidates", "lab/base"], ["`candidates`:", "is a model", "a dataset"]),
+    "model as dataset": (["reward", "--feedback", "lab/base"], ["`feedback`:", "is a model", "a dataset"]),
     "reward model as judge": (
         ["grade", "simulate", "--candidates", "lab/candidates", "--grader", "lab/reward"],
         ["`grader`:", "is a reward model", "give a simulated grader", "pathalign grade fit"],
