@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pathalign.schema import InputError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 REPO_TYPES = ("model", "dataset", "space")
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2")  # the client (2.4) does not wrap their errors
@@ -116,12 +120,7 @@ def explained(error: Exception, repo_id: str, repo_type: str = "model", revision
         if isinstance(found, errors.EntryNotFoundError):
             return InputError(f"{where} lacks a file that is needed: {str(found).splitlines()[0]}")
         if isinstance(found, errors.HfHubHTTPError) and found.response is not None:
-            status = found.response.status_code
-            if status in (401, 403):
-                return InputError(
-                    f"{where} refused your token ({status}). Log in with `hf auth login`, or set HF_TOKEN."
-                )
-            return InputError(f"{where} answered {status}. Try again later.")
+            return InputError(_refused(where, found))
         if is_transport(found):
             return InputError(
                 f"{where} cannot be reached ({type(found).__name__}). Check your connection and HF_ENDPOINT, and run "
@@ -129,6 +128,16 @@ def explained(error: Exception, repo_id: str, repo_type: str = "model", revision
             )
         found = found.__cause__ or found.__context__
     return InputError(f"{where} cannot be read: {first_line(error)}")
+
+
+def _refused(where: str, error: HfHubHTTPError) -> str:
+    status, said = error.response.status_code, " ".join((error.server_message or "").split())
+    if status == 401:
+        return f"{where} refused your token (401). Log in with `hf auth login`, or set HF_TOKEN."
+    if status == 403:
+        return f"{where} refused your token (403): it lacks the right. Give it that on {endpoint()}/settings/tokens."
+    later = "Try again later." if status == 429 or status >= 500 else "Change what it names, and run it again."
+    return f"{where} answered {status}{f': {said}' if said else ''}. {later}"
 
 
 def is_transport(error: BaseException) -> bool:

@@ -8,16 +8,18 @@ import importlib
 import pkgutil
 from pathlib import Path
 
+import httpx2
 import pytest
 import tiny_artefacts as tiny
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
 from pathalign import pinning, settings
 from pathalign.config import ADAPTER, GRADER, PIPELINE, REWARD_MODEL, StageConfig
 from pathalign.images import ImageSet
 from pathalign.pinning import Holding, holding, identity, model_file, pinned
-from pathalign.remote import Reference, parse, pinned_repo
+from pathalign.remote import Reference, explained, parse, pinned_repo
 from pathalign.schema import InputError
 from pathalign.settings.ddpo import DDPOConfig
 from pathalign.settings.generate import GenerateConfig
@@ -152,3 +154,12 @@ def test_a_record_names_a_repo_by_its_commit_even_where_a_folder_has_that_name(t
     assert pinned_repo("lab/cells@abc") == Reference("lab/cells", "abc")
     for folder in ("0123456789abcdef", "lab/cells", "lab/cells@", "runs/a/b@c", ""):
         assert pinned_repo(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(401, "hf auth login"), (403, "lacks the right"), (402, "Change what"), (422, "Change what"), (503, "Try again")],
+)
+def test_an_answer_is_tried_again_later_only_where_that_may_help(status: int, said: str):
+    response = httpx2.Response(status, request=httpx2.Request("GET", "http://127.0.0.1/api"))
+    assert said in str(explained(HfHubHTTPError("refused", response=response), "lab/cells"))

@@ -554,7 +554,7 @@ def test_a_fault_is_waited_out_and_the_commit_is_there_once(hub, publisher, orig
 
 def test_a_hub_that_refuses_is_not_asked_again(hub, publisher, originals, tmp_path):
     hub.faults.set(Fault("/commit/", 403))
-    assert "refused your token (403)" in publisher.refused(originals["reward"], "lab/reward")
+    assert "refused your token (403): it lacks the right" in publisher.refused(originals["reward"], "lab/reward")
     assert hub.faults.hits["403"] == 1
 
 
