@@ -89,6 +89,10 @@ def commits(hub: HubServer, kind: str, name: str) -> Iterator[tuple[str, str, di
         yield oid, title, {path: hub.store.blob(entry.sha256) for path, entry in hub.store.tree(oid).items()}
 
 
+def log_of(mark: int) -> str:
+    return json.dumps({"step": mark}) + "\n"
+
+
 def check_reward(files: dict[str, bytes]) -> int:
     """Which reward model a commit holds, whole."""
     mark = int(json.loads(files["config.json"])["temperature"] - 1)
@@ -97,7 +101,7 @@ def check_reward(files: dict[str, bytes]) -> int:
     assert named, "weights of another version than the configuration"
     assert f"On {160 + mark} held-out grades" in files["README.md"].decode()
     assert json.loads(files["evaluation.json"])["overall"]["n"] == 160 + mark
-    assert files.get("notes.md") == (f"odd {mark}".encode() if mark % 2 else None)
+    assert files.get("log.jsonl") == (log_of(mark).encode() if mark % 2 else None)
     return mark
 
 
@@ -114,7 +118,7 @@ def test_four_publishers_and_four_sinks_lose_and_double_nothing_and_no_reader_se
     rewards = [make_reward(tmp_path / f"reward-{mark}", mark) for mark in range(1, count + 1)]
     for mark, folder in enumerate(rewards, start=1):
         if mark % 2:  # a file that comes and goes: stale operations would leave it behind
-            (folder / "notes.md").write_text(f"odd {mark}")
+            (folder / "log.jsonl").write_text(log_of(mark))
     sets, ids = [], {}
     for mark in range(1, count + 1):
         sets.append(make_candidates(tmp_path / f"candidates-{mark}", seed=mark))
