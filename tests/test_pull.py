@@ -92,6 +92,7 @@ def downloads(hub: HubServer) -> list[str]:
 
 
 @pytest.mark.hub
+@pytest.mark.slow
 def test_grades_of_two_servers_are_merged_at_one_commit_and_new_ones_are_added(
     hub: HubServer, tmp_path: Path, candidates: ImageSet
 ):

@@ -117,6 +117,7 @@ def writes(hub: HubServer) -> list[str]:
     return [line for line in hub.faults.requests if line.split()[0] != "GET" and not line.endswith(asking)]
 
 
+@pytest.mark.slow
 def test_a_study_becomes_a_space_and_the_same_command_again_changes_nothing(hub: HubServer, study: Path):
     folder = study.parent
     planned = json.loads(run(hub, folder, *deploying("--dry-run", "--json")).stdout)["plan"]
@@ -164,6 +165,7 @@ def test_what_differs_is_changed_and_nothing_else(hub: HubServer, study: Path):
     assert titles(hub) == ["Grade 'Cells'", "Grade 'Blood cells'", "initial commit"]
 
 
+@pytest.mark.slow
 def test_the_space_holds_the_page_the_study_and_its_images_and_its_grades_reach_the_dataset(
     hub: HubServer, study: Path, tmp_path: Path
 ):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -74,6 +76,14 @@ class Loop:
 
 
 ALL = ["data", "base", "grader", "judge", "report"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects_to_collect() -> Iterator[None]:
+    """A run collects garbage after each step: what hundreds of tests before left in memory need not be gone through."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
