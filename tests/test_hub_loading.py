@@ -339,7 +339,6 @@ def test_pipeline_adapters_reward_model_and_candidates_load_from_the_hub_at_any_
     assert load_file(site.folder / "found.safetensors").keys() == expected[0].keys()
 
 
-@pytest.mark.slow
 def test_stages_read_any_revision_and_their_records_pin_the_commits(site: Site, records: dict[str, Any]):
     at = {name: f"lab/{name}@{site.commits[name]['old']}" for name in site.commits if name != "code"}
     samples, aligned = records["samples"], records["aligned"]
