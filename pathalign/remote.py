@@ -6,10 +6,11 @@ no weights are fetched here: what a repo holds is told by the names of its files
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pathalign.schema import InputError
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 REPO_TYPES = ("model", "dataset", "space")
+RETRIED_STATUS = (408, 409, 412, 425, 429)  # and all from 500 on
 HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2")  # the client (2.4) does not wrap their errors
 
 
@@ -156,3 +158,16 @@ def is_transport(error: BaseException) -> bool:
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its kind if it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def content_id(entry: Any) -> str:
+    """What tells the content of a file in a listing: SHA-256 of a large one, else git's id."""
+    lfs = getattr(entry, "lfs", None)
+    return str(lfs.sha256 if lfs else getattr(entry, "blob_id", ""))
+
+
+def has_id(content: bytes, identifier: str) -> bool:
+    """Whether these bytes are those that a listing calls by this id."""
+    if len(identifier) == 64:
+        return hashlib.sha256(content).hexdigest() == identifier
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == identifier

@@ -62,6 +62,22 @@ def brightness(monkeypatch: pytest.MonkeyPatch) -> Any:
     return model
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Seeds of all images that are drawn from here on."""
+    from pathalign import generate
+
+    seeds: list[int] = []
+    sample = generate.sample
+
+    def counted(pipeline: Any, class_ids: Any, batch_seeds: Any, *args: Any) -> torch.Tensor:
+        seeds.extend(batch_seeds)
+        return sample(pipeline, class_ids, batch_seeds, *args)
+
+    monkeypatch.setattr(generate, "sample", counted)
+    return seeds
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.accelerator.is_available():
         pytest.skip("no accelerator")

@@ -52,6 +52,16 @@ for number in range(count):
 assert outbox.flush(30)
 outbox.close()
 """
+AGAIN = [
+    "candidates",
+    "grades",
+    "feedback",
+    "reward",
+    "adapter",
+    "samples_after",
+    "samples_best_of_n",
+    "evaluation",
+]  # folders of a further round
 
 
 class Lab:
@@ -148,17 +158,7 @@ def test_a_run_waits_for_experts_through_a_kill_learns_from_them_and_draws_the_n
 
 def check_finished(lab: Lab, run: Path, summary: dict) -> None:
     """All folders of both rounds, and feedback that holds every grade of them."""
-    again = {
-        "candidates",
-        "grades",
-        "feedback",
-        "reward",
-        "adapter",
-        "samples_after",
-        "samples_best_of_n",
-        "evaluation",
-    }
-    assert {path.name for path in (run / "round-2").iterdir() if path.is_dir() and path.name[0] != "."} == again
+    assert {path.name for path in (run / "round-2").iterdir() if path.is_dir() and path.name[0] != "."} == set(AGAIN)
     assert made(summary)[-1] == "round-2/evaluation"
     grades = [read_grades(run / part / "grades") for part in ("", "round-2")]
     assert min(map(len, grades)) >= 40
@@ -271,16 +271,7 @@ def test_a_further_round_repeats_what_depends_on_grades_and_joins_all_of_them():
     assert plans[3][: len(plans[1])] == plans[1]
     jobs = {job.step.folder: job.config for job in plans[3]}
     later = [name for name in jobs if name.startswith("round-3/")]
-    assert [name.removeprefix("round-3/") for name in later] == [
-        "candidates",
-        "grades",
-        "feedback",
-        "reward",
-        "adapter",
-        "samples_after",
-        "samples_best_of_n",
-        "evaluation",
-    ]
+    assert [name.removeprefix("round-3/") for name in later] == AGAIN
     assert [jobs[name].adapter for name in ("candidates", "round-2/candidates", "round-3/candidates")] == [
         None,
         "x/adapter",

@@ -50,19 +50,6 @@ def reward_model(tmp_path: Path) -> str:
     return str(tmp_path / "reward")
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Seeds of all images that are drawn from here on."""
-    seeds: list[int] = []
-
-    def counted(pipeline, class_ids, batch_seeds, *args):
-        seeds.extend(batch_seeds)
-        return sample(pipeline, class_ids, batch_seeds, *args)
-
-    monkeypatch.setattr(module, "sample", counted)
-    return seeds
-
-
 def parquet(folder: Path) -> bytes:
     return (folder / "data" / "train-00000-of-00001.parquet").read_bytes()
 

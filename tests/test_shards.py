@@ -21,7 +21,7 @@ from test_hub_server import client
 from pathalign import generate as module
 from pathalign import shards
 from pathalign.artefacts import partial_dir
-from pathalign.generate import generate, sample, score
+from pathalign.generate import generate, score
 from pathalign.images import ImageSet, dataset_shards, shard_name
 from pathalign.reward import RewardModel, RewardModelConfig
 from pathalign.schema import InputError, RunRecord
@@ -52,19 +52,6 @@ def reward_model(tmp_path: Path) -> str:
         config = RewardModelConfig(class_names=["c", "a", "b"], criteria=["size", "colour"], convnet_channels=[8, 8])
         RewardModel(config).save_with_processor(tmp_path / "reward")
     return str(tmp_path / "reward")
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Seeds of all images that are drawn from here on."""
-    seeds: list[int] = []
-
-    def counted(pipeline, class_ids, batch_seeds, *args):
-        seeds.extend(batch_seeds)
-        return sample(pipeline, class_ids, batch_seeds, *args)
-
-    monkeypatch.setattr(module, "sample", counted)
-    return seeds
 
 
 @pytest.fixture

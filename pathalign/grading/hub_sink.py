@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import threading
@@ -10,8 +9,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pathalign.grading.sinks import SinkBusy, SinkConflict, SinkError, SinkRefused
+from pathalign.remote import RETRIED_STATUS, content_id, has_id
 
-RETRIED_STATUS = (408, 409, 412, 425, 429)  # and all from 500 on
 CALL_TIMEOUT_S = 60.0
 Result = TypeVar("Result")
 
@@ -158,19 +157,6 @@ class HubSink:
             404: "There is no such dataset, or the token may not see it: create it, or mend `sink`.",
         }.get(status, "Look at the dataset's page, or mend `sink`.")
         return SinkRefused(f"The Hub answered {status} for the dataset {self.repo_id}. {advice}")
-
-
-def content_id(entry: Any) -> str:
-    """What tells the content of a file in a listing: SHA-256 of a large one, else git's id."""
-    lfs = getattr(entry, "lfs", None)
-    return str(lfs.sha256 if lfs else getattr(entry, "blob_id", ""))
-
-
-def has_id(content: bytes, identifier: str) -> bool:
-    """Whether these bytes are those that a listing calls by this id."""
-    if len(identifier) == 64:
-        return hashlib.sha256(content).hexdigest() == identifier
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() == identifier
 
 
 def _retry_after_s(headers: Any) -> float | None:

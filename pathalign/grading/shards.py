@@ -16,10 +16,10 @@ from typing import Protocol
 
 from pathalign.artefacts import fingerprint, write_atomically
 from pathalign.grading.batches import kind_of
-from pathalign.grading.hub_sink import HubSink, Result, content_id, has_id
+from pathalign.grading.hub_sink import HubSink, Result
 from pathalign.grading.sinks import HUB_PREFIX, FolderSink, SinkBusy, SinkError, check_sink
 from pathalign.progress import track
-from pathalign.remote import Reference, explained, is_repo_id, parse
+from pathalign.remote import Reference, content_id, explained, has_id, is_repo_id, parse
 from pathalign.schema import InputError
 
 PULLED = ("grade", "preference")  # kinds of rows

@@ -18,13 +18,12 @@ from typing import Any, TypeVar
 
 from pathalign.artefacts import fingerprint
 from pathalign.progress import say
-from pathalign.remote import endpoint, explained, is_transport
+from pathalign.remote import RETRIED_STATUS, endpoint, explained, has_id, is_transport
 from pathalign.schema import InputError
 
 MANIFEST = "pathalign.json"
 # What a fingerprint leaves out, and may change on the repo's page: nothing that a stage reads.
 BESIDE = ("README.md", "run.json")
-RETRIED_STATUS = (408, 409, 412, 425, 429)  # and all from 500 on
 PATIENCE_S = 600.0  # with a Hub that answers: its rate limits last up to five minutes
 UNREACHABLE_PATIENCE_S = 60.0
 LONGEST_WAIT_S = 30.0
@@ -43,7 +42,7 @@ class RemoteFile:
         """Whether these are the bytes of a file here."""
         if self.size != content.stat().st_size:
             return False
-        return self.sha256 == sha256_of(content) if self.sha256 else self.blob_id == git_hash(content.read_bytes())
+        return self.sha256 == sha256_of(content) if self.sha256 else has_id(content.read_bytes(), self.blob_id)
 
 
 @dataclass(frozen=True)
@@ -301,11 +300,6 @@ def sha256_of(path: Path) -> str:
     """Hash of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def git_hash(content: bytes) -> str:
-    """Git's hash of a file with this content."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def waiting_time_s(error: BaseException, tries: int) -> float | None:

@@ -20,7 +20,6 @@ from pathalign.schema import PSEUDONYM, PSEUDONYMS_WANTED, Grade
 UNSAFE = (*PICKLES, ".h5", ".msgpack")  # the last two hold weights that only an exact version of their library reads
 TEXT = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".csv", ".html", ".svg", ".py")
 PICTURES = (".png", ".jpg", ".jpeg")
-OTHERS = (".safetensors", ".parquet")
 NO_PICTURE = "is neither PNG nor JPEG, or damaged, animated or of 16 bits a colour, so that nobody knows what is in it"
 SHORTENED = (".json", ".jsonl", ".yaml", ".yml", ".csv", ".html")  # where a path becomes its last part
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import zipfile
@@ -17,7 +16,7 @@ from pathalign.config import read_yaml
 from pathalign.grading.sinks import HUB_PREFIX
 from pathalign.grading.study import Study
 from pathalign.progress import say
-from pathalign.remote import is_repo_id
+from pathalign.remote import content_id, has_id, is_repo_id
 from pathalign.schema import InputError
 
 STUDY_FILE = "study.yaml"
@@ -168,6 +167,4 @@ def is_same(content: Content, remote: Any) -> bool:
     if size_of(content) != remote.size:
         return False
     data = content.read_bytes() if isinstance(content, Path) else content
-    if remote.lfs:
-        return bool(hashlib.sha256(data).hexdigest() == remote.lfs.sha256)
-    return bool(hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == remote.blob_id)
+    return has_id(data, content_id(remote))
