@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from pathalign.commands import jobs, serving, transfer
+from pathalign.commands.experiment import experiment_command
 from pathalign.commands.printing import JSON_HELP, print_result, printed, quiet
 from pathalign.commands.publish import publish_command
 from pathalign.commands.space import space
@@ -96,6 +97,7 @@ reward.add_command(command_of("score", SCORE, "runs/scores"))
 main.add_command(reward)
 main.add_command(stage_command("align", "align", "runs/adapter"))
 main.add_command(stage_command("evaluate", "evaluate", "runs/evaluation"))
+main.add_command(experiment_command)
 main.add_command(publish_command)
 main.add_command(space)
 main.add_command(jobs.jobs)
@@ -110,6 +112,11 @@ main.add_command(jobs.jobs)
 @click.option("--rounds", type=click.IntRange(1, MOST_ROUNDS), help="Rounds of drawing, grading, aligning.")
 @click.option("--min-grades", type=click.IntRange(0), help="Grades by experts to wait for in each round.")
 @click.option("--new-grades", is_flag=True, help="See whether experts have given more grades since the last look.")
+@click.option(
+    "--reuse",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of other runs: steps that one of them made from the same settings and inputs are taken from there.",
+)
 @click.option("--json", "as_json", is_flag=True, help=JSON_HELP)
 def run_command(
     config: Path,
@@ -120,6 +127,7 @@ def run_command(
     rounds: int | None,
     min_grades: int | None,
     new_grades: bool,
+    reuse: Path | None,
     as_json: bool,
 ) -> None:
     """Run all stages of CONFIG.yaml in one run directory.
@@ -149,7 +157,7 @@ def run_command(
         values = merge(values, {} if min_grades is None else {"grade": {"min_grades": min_grades}})
     run_dir = folder or Path(values.get("output_dir") or f"runs/{config.stem}")
     with quiet():
-        results = execute(plan(values, run_dir, title=str(config)), run_dir, start, until, new_grades)
+        results = execute(plan(values, run_dir, title=str(config)), run_dir, start, until, new_grades, reuse)
     last = results[-1].folder
     metrics = _metrics(last) if last.name == "evaluation" else None
     summary = {**_cost(began, results), "output_dir": str(run_dir), "evaluation": metrics}

@@ -221,6 +221,9 @@ def assign_splits(
     if config.per_class:
         deal.require("train", config.per_class, "Lower `per_class`, or add images.")
         deal.exactly("train", config.per_class, rest="spare" if config.roles else NOT_USED)
+    for text in config.rare:
+        class_name, _, count = text.rpartition("=")
+        deal.keep("train", class_name, int(count))
     if config.roles:
         deal.by_share("spare", {"grader": 0.5}, rest="judge")
         deal.by_share("validation", VALIDATION_SHARES, rest="judge_validation")
@@ -275,6 +278,13 @@ class _Deal:
                 self.splits[members] = COPY if room else rest
                 self.splits[members[:room]] = split
                 room -= len(members[:room])
+
+    def keep(self, split: str, class_name: str, count: int) -> None:
+        """Keep `count` images of one class in `split`; the others are not used at all."""
+        if class_name not in self.class_names:
+            raise InputError(f"`rare` names the class {class_name!r}; the data has {list(self.class_names)}.")
+        members = self._shuffled(split)[list(self.class_names).index(class_name)]
+        self.splits[np.concatenate(members)[count:]] = NOT_USED
 
     def require(self, split: str, minimum: int, advice: str) -> None:
         """Refuse a `split` with less than `minimum` images of a class."""

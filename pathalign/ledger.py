@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import sys
@@ -60,9 +61,38 @@ class Ledger:
         entry = self.steps.get(job.step.folder)
         if entry is None or (key is not None and entry["key"] != key) or not job.folder.is_dir():
             return None
-        if signature(job.folder) != entry["signature"] and fingerprint(job.folder) != entry["content"]:
-            return None
-        return str(entry["content"])
+        return str(entry["content"]) if _unchanged(job.folder, entry) else None
+
+    def take_over(self, job: Job, key: str, others: Iterable[Path]) -> str | None:
+        """Link to the folder that another run made from the same key, if there is one whole and unchanged.
+
+        Hard links: no file of a finished folder is ever written again, a changed step becomes a new folder.
+
+        Args:
+            job: The step.
+            key: What it is made from.
+            others: Run directories to look in.
+
+        Returns:
+            Fingerprint of the folder, or None if nobody has made it.
+        """
+        for other in others:
+            if other.resolve() == self.path.parent.resolve():
+                continue
+            for name, entry in Ledger(other).steps.items():
+                made = other / name
+                if entry["key"] != key or not made.is_dir() or not _unchanged(made, entry):
+                    continue
+                partial = partial_dir(job.folder)
+                for folder in (partial, job.folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(made, partial, copy_function=_link)
+                partial.rename(job.folder)
+                self.in_progress.pop(job.step.folder, None)
+                self.steps[job.step.folder] = {**entry, "signature": signature(job.folder)}
+                self.save()
+                return str(entry["content"])
+        return None
 
     def begin(self, job: Job, key: str) -> None:
         """Note that `job` is being made; what another configuration left half made is removed."""
@@ -84,6 +114,23 @@ class Ledger:
         }
         self.save()
         return content
+
+
+def _unchanged(folder: Path, entry: dict[str, Any]) -> bool:
+    """Whether a folder holds what its entry says; only if sizes or times differ is it read."""
+    return signature(folder) == entry["signature"] or fingerprint(folder) == entry["content"]
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)
+
+
+def run_dirs(root: Path) -> list[Path]:
+    """Run directories at `root` or up to three folders below it, by name."""
+    return sorted(path.parent for depth in range(4) for path in root.glob("*/" * depth + LEDGER_NAME))
 
 
 def signature(path: Path) -> str:

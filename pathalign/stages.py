@@ -190,15 +190,25 @@ STAGES: tuple[Stage, ...] = (
         methods=METHODS,
         method=METHODS[0].name,
     ),
-    Stage("control", *_PRETRAIN, (Step("control", {"initial_model": "base", "data": "data"}),), inherits="pretrain"),
+    Stage(
+        "control",
+        *_PRETRAIN,
+        (Step("control", {"initial_model": "base", "data": "data"}, wanted_as="model"),),
+        inherits="pretrain",
+    ),
     Stage(
         "sample",
         *_GENERATE,
         (
             Step("samples_before", {"model": "base"}),
             Step("samples_after", {"model": "base", "adapter": "adapter"}),
-            Step("samples_control", {"model": "control"}),
-            Step("samples_best_of_n", {"model": "base", "reward_model": "reward"}, {"best_of": 4}),
+            Step("samples_control", {"model": "control"}, wanted_as="control"),
+            Step(
+                "samples_best_of_n",
+                {"model": "base", "reward_model": "reward"},
+                {"best_of": 4},
+                wanted_as="best_of_n",
+            ),
         ),
         seed=lambda seed: seed * SEEDS_PER_RUN,
     ),

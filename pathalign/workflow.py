@@ -18,7 +18,7 @@ from typing import Any
 
 from pathalign.artefacts import fingerprint
 from pathalign.config import ConfigError, StageConfig, build, read_yaml, unknown_choice, unknown_key
-from pathalign.ledger import Ledger, signature
+from pathalign.ledger import Ledger, run_dirs, signature
 from pathalign.progress import say
 from pathalign.rounds import Job, next_round
 from pathalign.schema import InputError, library_versions
@@ -126,8 +126,12 @@ def _configure(
 
 def _only_wanted(jobs: list[Job], values: Mapping[str, Any]) -> list[Job]:
     """Without the steps that no other reads; the steps beside one that is read get their other defaults."""
-    read = {str(value) for job in jobs for name, value in vars(job.config).items() if name in job.step.inputs}
-    kept = [job for job in jobs if job.step.wanted_as is None or str(job.folder) in read]
+    kept: list[Job] = []
+    read: set[str] = set()
+    for job in reversed(jobs):
+        if job.step.wanted_as is None or str(job.folder) in read:
+            kept.insert(0, job)
+            read |= {str(value) for name, value in vars(job.config).items() if name in job.step.inputs}
     for optional in [job for job in kept if job.step.wanted_as is not None]:
         for index, job in enumerate(kept):
             if job.stage is optional.stage and job is not optional:
@@ -230,7 +234,10 @@ def _version() -> str:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of one step: `status` is `made` or `kept`; `wall_s` and `peak_rss_mb` are of when it was made."""
+    """What became of one step: `status` is `made`, `kept` or `taken` from another run.
+
+    `wall_s` and `peak_rss_mb` are of when it was made.
+    """
 
     stage: str
     folder: Path
@@ -240,7 +247,12 @@ class StepResult:
 
 
 def execute(
-    jobs: list[Job], run_dir: Path, start: str | None = None, until: str | None = None, new_grades: bool = False
+    jobs: list[Job],
+    run_dir: Path,
+    start: str | None = None,
+    until: str | None = None,
+    new_grades: bool = False,
+    reuse: Path | None = None,
 ) -> list[StepResult]:
     """Make all folders that are not there yet, or were made from something else.
 
@@ -250,6 +262,8 @@ def execute(
         start: Stage that is run in any case, as all after it are; in the last round that has it.
         until: Last stage that is run, in the last round that has it.
         new_grades: Whether to look for grades that have come since they were taken, each time that it is asked for.
+        reuse: Folder of other runs: what one of them made from the same settings and inputs is linked to, and what one
+            of them is making now is waited for.
 
     Raises:
         ConfigError: If there is no such stage, or `until` comes before `start`.
@@ -273,7 +287,8 @@ def execute(
         for number, job in enumerate(jobs, 1):
             place = f"[{number}/{len(jobs)}]"
             look = new_grades and job.stage.name == "grade"
-            results.append(_execute(job, place, ledger, contents, held=job.step.folder in held, again=look))
+            with _shared(reuse, _key(job, contents)):
+                results.append(_execute(job, place, ledger, contents, job.step.folder in held, look, reuse))
         ledger.forced_from = None
         ledger.save()
     return results
@@ -304,13 +319,20 @@ def _held_by_graders(jobs: list[Job], ledger: Ledger) -> set[str]:
 
 
 def _execute(
-    job: Job, place: str, ledger: Ledger, contents: dict[str, str], held: bool = False, again: bool = False
+    job: Job,
+    place: str,
+    ledger: Ledger,
+    contents: dict[str, str],
+    held: bool = False,
+    again: bool = False,
+    reuse: Path | None = None,
 ) -> StepResult:
     """Make a folder, or keep it if it is as it was made; one of `again` is made anew, and its old state known if that
     fails.
     """
     name, key = job.step.folder, _key(job, contents)
     kept = None if again else ledger.content(job, key) or (ledger.content(job) if held else None)
+    taken = ledger.take_over(job, key, run_dirs(reuse)) if reuse and kept is None and not again else None
     if kept is not None and ledger.steps[name]["key"] != key:
         why = "kept, though settings or inputs have changed: images that graders have rest on it"
         say(f"{place} {job.label}: {why} (another `--output-dir` starts afresh)")
@@ -318,6 +340,9 @@ def _execute(
     elif kept is not None:
         say(f"{place} {job.label}: unchanged, not run again")
         contents[name] = kept
+    elif taken is not None:
+        say(f"{place} {job.label}: made in another run, taken from there")
+        contents[name] = taken
     else:
         say(f"{place} {job.label} -> {job.folder}")
         ledger.begin(job, key)
@@ -327,8 +352,30 @@ def _execute(
         contents[name] = ledger.finish(job, key, time.monotonic() - started)
         say(f"{place} {job.label}: done in {time.monotonic() - started:.0f} s")
     entry = ledger.steps[name]
-    status = "made" if kept is None else "kept"
+    status = "kept" if kept is not None else "taken" if taken is not None else "made"
     return StepResult(job.stage.name, job.folder, status, entry["wall_s"], entry["peak_rss_mb"])
+
+
+@contextmanager
+def _shared(reuse: Path | None, key: str) -> Iterator[None]:
+    """Of several runs that share their steps, one makes what all need, and the others wait for it."""
+    if reuse is None:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder = reuse / ".making"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / key)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say("Another run is making this step; waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

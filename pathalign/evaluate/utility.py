@@ -36,16 +36,20 @@ def match_training_rows(generated: dict[str, ImageSet], train: ImageSet, seed: i
 def correct_on_real(
     train_features: np.ndarray, train_classes: np.ndarray, test_features: np.ndarray, test_classes: np.ndarray
 ) -> np.ndarray:
-    """Whether a logistic regression, trained on one set, names the class of each real test image. Shape `(m,)`, bool.
+    """Whether `predict_real` names the class of each real test image, of `test_classes` `(m,)`. Shape `(m,)`, bool."""
+    return np.asarray(predict_real(train_features, train_classes, test_features) == test_classes)
+
+
+def predict_real(train_features: np.ndarray, train_classes: np.ndarray, test_features: np.ndarray) -> np.ndarray:
+    """Class ids that a logistic regression, trained on one set, gives real test images. Shape `(m,)`.
 
     Args:
         train_features: Shape `(n, d)`, standardized inside.
         train_classes: Shape `(n,)`, class ids; at least two classes.
         test_features: Shape `(m, d)`.
-        test_classes: Shape `(m,)`.
 
     Source: train on synthetic, test on real (arXiv:1706.02633).
     """
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     classifier.fit(train_features, train_classes)
-    return np.asarray(classifier.predict(test_features) == test_classes)
+    return np.asarray(classifier.predict(test_features))

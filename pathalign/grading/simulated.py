@@ -285,10 +285,11 @@ def _one_grader(
     generator: torch.Generator,
 ) -> list[Grade]:
     """Grades of one simulated grader: its own threshold, a bias, and verdicts turned round at random."""
-    own = config.bias + config.threshold_spread * torch.randn((), generator=generator)
+    faulty = config.faulty_graders is None or number >= config.graders - config.faulty_graders
+    own = config.bias * faulty + config.threshold_spread * torch.randn((), generator=generator)
     log_odds = judgement.plausibility.clamp(1e-6, 1 - 1e-6).logit() + own
     probability = log_odds.sigmoid()
-    flipped = torch.rand(len(candidates), generator=generator) < config.flip_rate
+    flipped = torch.rand(len(candidates), generator=generator) < config.flip_rate * faulty
     verdicts = (probability >= config.threshold) ^ flipped
     unsure = (probability - config.threshold).abs() < config.unsure_margin
     name = f"simulated-{number + 1}"

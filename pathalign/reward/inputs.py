@@ -13,10 +13,13 @@ import torch
 from pathalign.cards import Grading
 from pathalign.images import ImageSet, dataset_file
 from pathalign.pinning import identity
+from pathalign.randomness import seeded
+from pathalign.reward.pairs import real_pairs
 from pathalign.schema import InputError
 from pathalign.settings.reward import RewardConfig
 
 CRITERION = "failed_"
+VALIDATION_PAIRS = 4  # stream of random numbers; those of the training pairs are 0 to 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,11 @@ class RewardInputs:
                 "Grade more images, or lower `min_graded`."
             )
         real = ImageSet.load(config.data, "train", config.data_revision)
+        if config.real_share == 1:
+            unseen = ImageSet.load(config.data, "validation", config.data_revision)
+            splits["validation"] = as_graded(
+                with_class_names(unseen, train.class_names, config.data), train, config.seed
+            )
         agreement = dataset_file(config.feedback, "agreement.json", config.feedback_revision)
         return cls(
             **splits,
@@ -77,6 +85,13 @@ def share_of(graded: ImageSet, share: Literal["all", "even", "odd"]) -> ImageSet
             chosen.append(row)
         seen[group] += 1
     return graded.select(chosen)
+
+
+def as_graded(real: ImageSet, graded: ImageSet, seed: int) -> ImageSet:
+    """Pairs of real images and classes with the columns of `graded`: plausible exactly if the class is the true one."""
+    class_ids, matched = real_pairs(real.class_ids, len(real.class_names), seeded(seed, VALIDATION_PAIRS))
+    columns = {name: [None] * len(real) for name in graded.columns if name.startswith(CRITERION)}
+    return dataclasses.replace(real, class_ids=class_ids, columns={**columns, "plausible": matched.tolist()})
 
 
 def with_class_names(images: ImageSet, class_names: tuple[str, ...], source: str) -> ImageSet:

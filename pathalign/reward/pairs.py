@@ -162,5 +162,5 @@ class TrainingPairs(Dataset[Row]):
 
 
 def real_count(batch_size: int, real_share: float) -> int:
-    """Real pairs in a batch; at least one graded image stays."""
-    return min(round(batch_size * real_share), batch_size - 1)
+    """Real pairs in a batch; at least one graded image stays, unless real pairs are all that is wanted."""
+    return batch_size if real_share == 1 else min(round(batch_size * real_share), batch_size - 1)

@@ -16,9 +16,18 @@ class GradeConfig(StageConfig):
     graders: int = option(1, "Graders that look at each image; they differ by their noise.", minimum=1, maximum=100)
     flip_rate: float = option(0.0, "Share of verdicts that a grader turns round at random.", minimum=0.0, maximum=0.5)
     bias: float = option(0.0, "Added to the log-odds of plausible: above 0 lenient, below 0 strict.")
+    faulty_graders: int | None = option(
+        None, "How many of the graders have `flip_rate` and `bias`, the last ones; all if empty.", minimum=0
+    )
     threshold: float = option(0.5, "Probability from which an image is called plausible.", minimum=0.01, maximum=0.99)
     threshold_spread: float = option(0.0, "Standard deviation of the graders' own log-odds thresholds.", minimum=0.0)
     unsure_margin: float = option(
         0.0, "Probabilities this close to the threshold are called unsure.", minimum=0.0, maximum=0.5
     )
     seed: int = option(0, "Seed of the graders' noise.", minimum=0)
+
+    def problems(self) -> list[str]:
+        """There cannot be more faulty graders than graders."""
+        if self.faulty_graders is not None and self.faulty_graders > self.graders:
+            return [f"`faulty_graders` is {self.faulty_graders}, but there are {self.graders} `graders`."]
+        return []

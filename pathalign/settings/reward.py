@@ -45,7 +45,11 @@ class RewardConfig(StageConfig):
         1, "Independently started networks (heads on a pretrained encoder) that are averaged.", minimum=1, maximum=16
     )
     real_share: float = option(
-        0.5, "Share of real pairs in each batch; the rest are graded images.", minimum=0.0, maximum=0.9
+        0.5,
+        "Share of real pairs in each batch; the rest are graded images. At 1 no grade is learned from, nor chosen by: "
+        "real pairs of split `validation` choose the epoch; grades only test.",
+        minimum=0.0,
+        maximum=1.0,
     )
     criteria_weight: float = option(0.3, "Weight of the criterion heads in the loss.", minimum=0.0)
     augment: Literal["full", "flips_rotations", "none"] = option(

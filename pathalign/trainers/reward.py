@@ -113,7 +113,9 @@ def fit(
     checkpoints = folder / "checkpoints"
     resume_from = whole_checkpoint(checkpoints, fingerprint([dataclasses.asdict(config), inputs.fingerprints]))
     graded_in_batch = config.batch_size - real_count(config.batch_size, config.real_share)
-    steps_per_epoch = math.ceil(len(inputs.train) / graded_in_batch)
+    steps_per_epoch = math.ceil(
+        len(inputs.train) / graded_in_batch if graded_in_batch else len(inputs.real) / config.batch_size
+    )
     total_steps = config.max_steps or config.epochs * steps_per_epoch
     state = TrainerState.load_from_json(str(resume_from / "trainer_state.json")) if resume_from else TrainerState()
     if state.global_step < total_steps and not out_of_patience(state, config):

@@ -1,0 +1,200 @@
+"""What is measured of one arm and one seed: named figures, with interval and number of images where they have any."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from sklearn.metrics import f1_score, recall_score, roc_auc_score
+
+from pathalign.evaluate import alignment, utility
+from pathalign.evaluate.fidelity import FeatureStore, rows_of_class
+from pathalign.experiments.recipe import Arm, Experiment
+from pathalign.grading.simulated import SimulatedGrader
+from pathalign.images import ImageSet
+from pathalign.reward import load_reward_model
+from pathalign.reward.encoders import load_encoder
+from pathalign.schema import InputError, RunRecord
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value; `interval` is over images, `n` their number."""
+
+    value: float
+    interval: list[float] | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where to look: run directories of the arm and of the experiment's first arm, with the same seed."""
+
+    experiment: Experiment
+    arm: Arm
+    run_dir: Path
+    first: Path
+
+
+def measure(place: Place) -> dict[str, Figure]:
+    """All figures of one arm and seed, by the experiment's measure.
+
+    Raises:
+        InputError: If a figure that the experiment shows is not among them.
+    """
+    found = MEASURES[place.experiment.measure](place)
+    missing = [name for name in place.experiment.show if name not in found]
+    if missing:
+        raise InputError(
+            f"`show` of {place.experiment.name} names {missing}, which arm {place.arm.name!r} has not; it has "
+            f"{', '.join(sorted(found))}."
+        )
+    return found
+
+
+def last_round(run_dir: Path, folder: str) -> Path:
+    """`folder` of the last round that has made it.
+
+    Raises:
+        InputError: If none has.
+    """
+    rounds = sorted(run_dir.glob(f"round-*/{folder}"), key=lambda path: int(path.parent.name.split("-")[1]))
+    found = [path for path in (run_dir / folder, *rounds) if path.is_dir()]
+    if not found:
+        raise InputError(f"{run_dir} has no {folder}; run the experiment again, up to its end.")
+    return found[-1]
+
+
+def evaluation(place: Place) -> dict[str, Figure]:
+    """Everything that `metrics.json` says of the arm's set, and of the reward model behind it."""
+    metrics = json.loads((last_round(place.run_dir, "evaluation") / "metrics.json").read_text())
+    own = metrics["metrics"][place.arm.set]
+    if own is None:
+        raise InputError(f"The evaluation of arm {place.arm.of!r} has no set `{place.arm.set}`; leave the arm out.")
+    found = figures_in(own)
+    for group, key in (("per_class", "plausible_share"), ("per_criterion", "failed_share")):
+        for name, entry in own[group].items():
+            found[f"{key} of {name}"] = Figure(entry[key], entry[f"{key}_ci"], entry["n"])
+    if place.arm.set == "after":
+        reward = metrics["reward"]
+        if reward:
+            found["reward_roc_auc"] = Figure(reward["roc_auc"], reward["roc_auc_ci"], reward["n"])
+        found |= {
+            name: Figure(metrics[name], metrics[f"{name}_ci"], own["n"])
+            for name in ("plausible_gain", "gain_over_control", "gap_closed")
+            if metrics[name] is not None
+        }
+    return found
+
+
+def figures_in(entry: dict[str, Any]) -> dict[str, Figure]:
+    """The figures of one set in `metrics.json`: numbers, each with its interval under `<name>_ci`."""
+    aliases = {"plausible_share": "plausible_ci"}
+    counts = {"utility_accuracy": None, "augmented_accuracy": None}  # their n is that of the training images
+    return {
+        name: Figure(float(value), entry.get(aliases.get(name, f"{name}_ci")), counts.get(name, entry["n"]))
+        for name, value in entry.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def reward_ranking(place: Place) -> dict[str, Figure]:
+    """How well the arm's reward model ranks images that no arm has seen, by the faultless grader and by the judge.
+
+    The images are the base's samples that the first arm's evaluation looks at: their seeds are no candidate's.
+    """
+    images = ImageSet.load(place.first / "samples_before")
+    model = load_reward_model(str(last_round(place.run_dir, "reward"))).to(PartialState().device).eval()
+    rewards = alignment.rewards_of(model.rewards, model.config.class_names, images, PartialState().device)
+    found = {}
+    for name in ("grader", "judge"):
+        verdicts = alignment.ask(SimulatedGrader.load(place.first / name), images).plausible
+        draws = _resampled_auc(verdicts, rewards)
+        found[f"roc_auc_by_{name}"] = Figure(
+            float(roc_auc_score(verdicts, rewards)), alignment.percentile_interval(draws, CONFIDENCE), len(images)
+        )
+    return found
+
+
+def _resampled_auc(verdicts: np.ndarray, rewards: np.ndarray, samples: int = 500) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    rows = (rng.integers(len(rewards), size=len(rewards)) for _ in range(samples))
+    return np.array([roc_auc_score(verdicts[row], rewards[row]) for row in rows if len(set(verdicts[row])) == 2])
+
+
+def checks(place: Place) -> dict[str, Figure]:
+    """How reward and judge went while the adapter was trained, and what came of it in the end."""
+    training = training_of(place)
+    rows, n = training["checks"], training["n_check_images"]
+    judged = [row["judge_share"] for row in rows]
+    kept = next(row for row in rows if row["epoch"] == training["kept_epoch"])
+    return {
+        "judge_first": Figure(judged[0], None, n),
+        "judge_best": Figure(max(judged), None, n),
+        "judge_last": Figure(judged[-1], None, n),
+        "judge_kept": Figure(kept["judge_share"], None, n),
+        "lost_after_best": Figure(max(judged) - judged[-1], None, n),
+        "reward_first": Figure(rows[0]["reward"], None, n),
+        "reward_last": Figure(rows[-1]["reward"], None, n),
+        "epochs": Figure(rows[-1]["epoch"]),
+        "kept_epoch": Figure(training["kept_epoch"]),
+    }
+
+
+def training_of(place: Place) -> dict[str, Any]:
+    """What the run record of the arm's adapter says of its training."""
+    return RunRecord.load(last_round(place.run_dir, "adapter")).metrics
+
+
+def rare_class(place: Place) -> dict[str, Figure]:
+    """What the arm's images add to a classifier of real images that has few of one class, tested on unseen real images.
+
+    `options`: `class`, and `added`, how many generated images of it join the real ones. The arm `real` adds none.
+    """
+    name, added = str(place.experiment.options["class"]), int(place.experiment.options["added"])
+    data = place.run_dir / "data"
+    train, test = ImageSet.load(data, "train"), ImageSet.load(data, "test")
+    generated = None
+    if place.arm.set != "real":
+        generated = ImageSet.load(last_round(place.run_dir, f"samples_{place.arm.set}"))
+        rows = rows_of_class(generated, generated.class_names.index(name))[:added]
+        generated = generated.select(rows.tolist())
+    encoder = load_encoder("efficientnet-lite0")
+    store = FeatureStore(encoder, "efficientnet-lite0", place.first.parents[2] / "features", PartialState().device)
+    features = store.features(train.images, "real training images")
+    class_ids = train.class_ids.numpy()
+    if generated is not None:
+        features = np.concatenate([features, store.features(generated.images, f"{place.arm.title} of {name}")])
+        class_ids = np.concatenate([class_ids, np.full(len(generated), train.class_names.index(name))])
+    predicted = utility.predict_real(features, class_ids, store.features(test.images, "real test images"))
+    true, rare = test.class_ids.numpy(), test.class_names.index(name)
+    of_class = true == rare
+    hits = predicted[of_class] == rare
+    correct = predicted == true
+    return {
+        "recall": Figure(
+            float(recall_score(true, predicted, labels=[rare], average="macro")),
+            alignment.wilson(int(hits.sum()), len(hits), CONFIDENCE),
+            len(hits),
+        ),
+        "f1": Figure(float(f1_score(true, predicted, labels=[rare], average="macro")), None, len(true)),
+        "accuracy": Figure(
+            float(correct.mean()), alignment.wilson(int(correct.sum()), len(correct), CONFIDENCE), len(correct)
+        ),
+        "added": Figure(0 if generated is None else len(generated)),
+    }
+
+
+MEASURES: dict[str, Callable[[Place], dict[str, Figure]]] = {
+    "evaluation": evaluation,
+    "reward_ranking": reward_ranking,
+    "checks": checks,
+    "rare_class": rare_class,
+}

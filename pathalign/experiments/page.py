@@ -1,0 +1,295 @@
+"""The result page of an experiment: answer, pictures, table, figures, method; and the same table as Markdown."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from matplotlib.axes import Axes
+
+from pathalign.evaluate import figures
+from pathalign.evaluate.glossary import terms
+from pathalign.evaluate.page import Cell, Table, TableRow, number, write_page
+from pathalign.evaluate.report import ROWS
+from pathalign.experiments.measures import CONFIDENCE, Place, last_round, training_of
+from pathalign.experiments.recipe import Arm, Experiment
+from pathalign.experiments.results import Summary
+
+TEMPLATE = "experiment.html.jinja"
+# What the table calls the figures that no evaluation has, and whether they are shares.
+TITLES = {
+    "roc_auc_by_grader": ("ROC AUC (faultless grader)", False),
+    "roc_auc_by_judge": ("ROC AUC (judge)", False),
+    "reward_roc_auc": ("ROC AUC of the reward model", False),
+    "judge_first": ("Judge before training", True),
+    "judge_best": ("Judge at its best", True),
+    "judge_last": ("Judge at the end", True),
+    "judge_kept": ("Judge, of what is kept", True),
+    "lost_after_best": ("Lost after the best", True),
+    "reward_first": ("Reward before training", False),
+    "reward_last": ("Reward at the end", False),
+    "kept_epoch": ("Epoch that is kept", False),
+    "epochs": ("Epochs", False),
+    "recall": ("Recall", True),
+    "f1": ("F1", True),
+    "accuracy": ("Accuracy, all classes", True),
+}
+LINES = {"judge_share": ("judge's plausible share", "-"), "reward": ("reward", "--")}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080")
+MARKERS = "os^DvPX"
+Summaries = dict[str, dict[str, Summary]]
+
+
+def title_of(name: str) -> tuple[str, bool]:
+    """What readers call a figure, and whether it is a share, shown in percent."""
+    if name in TITLES:
+        return TITLES[name]
+    row = next((row for row in ROWS if row.key == name), None)
+    return (row.title, row.kind == "share") if row else (name.replace("_", " "), "share" in name)
+
+
+def text(value: float, share: bool, sign: bool = False) -> str:
+    """A share in percent, or a number."""
+    if share:
+        return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f} %"
+    return f"{value:+.3f}" if sign else str(int(value)) if value == int(value) else number(value)
+
+
+def span(interval: list[float] | None, share: bool) -> str:
+    """`low to high`, or nothing."""
+    if interval is None:
+        return ""
+    return " to ".join(f"{100 * end:.1f}" if share else f"{end:.3f}" for end in interval)
+
+
+def answers(experiment: Experiment, summaries: Summaries) -> list[str]:
+    """One sentence for each arm that is compared: how far its first figure lies from the one compared with."""
+    name = experiment.show[0]
+    title, share = title_of(name)
+    other = experiment.arm(experiment.against)
+    found = []
+    for arm in experiment.arms:
+        summary = summaries[arm.name].get(name)
+        if summary is None or summary.difference is None:
+            continue
+        unit = " points" if share else ""
+        line = (
+            f"{arm.title}: {title.lower() if share else title} {text(summary.mean, share)} against "
+            f"{text(summaries[other.name][name].mean, share)} of {other.title!r}, "
+            f"{text(summary.difference, share, sign=True)}{unit}"
+        )
+        if summary.difference_interval is None:
+            line += " (one seed, no interval)."
+        else:
+            verdict = "" if summary.clear else ", which may be chance"
+            line += f" ({CONFIDENCE:.0%} over seeds: {span(summary.difference_interval, share)}{verdict})."
+        found.append(line)
+    return found
+
+
+def main_table(experiment: Experiment, summaries: Summaries) -> Table:
+    """The figures that the experiment shows, a line for each arm."""
+    return _table(
+        experiment,
+        summaries,
+        experiment.show,
+        f"Mean over the seeds {', '.join(map(str, experiment.seeds))}, its {CONFIDENCE:.0%} interval over seeds, and "
+        f"the difference from “{experiment.arm(experiment.against).title}”, seed by seed (* its interval excludes 0).",
+    )
+
+
+def class_table(experiment: Experiment, summaries: Summaries) -> Table | None:
+    """Plausible share of each class, where the experiment measures it."""
+    prefix = "plausible_share of "
+    names = tuple(name for name in summaries[experiment.arms[0].name] if name.startswith(prefix))
+    return _table(experiment, summaries, names, "Plausible share of each class, likewise.") if names else None
+
+
+def _table(experiment: Experiment, summaries: Summaries, names: tuple[str, ...], caption: str) -> Table:
+    rows = []
+    for arm in experiment.arms:
+        cells = [_cell(summaries[arm.name].get(name), title_of(name)[1]) for name in names]
+        rows.append(TableRow(arm.title, cells))
+    return Table(caption, ["Arm", *(title_of(name)[0] for name in names)], rows)
+
+
+def _cell(summary: Summary | None, share: bool) -> Cell:
+    if summary is None:
+        return Cell("not measured")
+    below = span(summary.interval, share)
+    if summary.difference is not None:
+        below += f"{'; ' if below else ''}{text(summary.difference, share, sign=True)}{'*' if summary.clear else ''}"
+    return Cell(text(summary.mean, share), below)
+
+
+def seed_table(experiment: Experiment, summaries: Summaries) -> Table:
+    """The first figure of each arm and seed."""
+    name = experiment.show[0]
+    share = title_of(name)[1]
+    rows = []
+    for arm in experiment.arms:
+        summary = summaries[arm.name].get(name)
+        values = summary.by_seed if summary else []
+        rows.append(
+            TableRow(
+                arm.title,
+                [Cell(text(value, share)) for value in values],
+                f"n = {summary.n}" if summary and summary.n else "",
+            )
+        )
+    columns = ["Arm", *(f"seed {seed}" for seed in experiment.seeds)]
+    return Table(f"{title_of(name)[0]}, by seed.", columns, rows)
+
+
+def markdown(experiment: Experiment, summaries: Summaries, origin: dict[str, Any]) -> str:
+    """The main table and where it comes from, as Markdown."""
+    table = main_table(experiment, summaries)
+    lines = [f"## {experiment.title}", "", experiment.question, ""]
+    lines += ["| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
+    for row in table.rows:
+        cells = [f"{cell.value} ({cell.interval})" if cell.interval else cell.value for cell in row.cells]
+        lines.append("| " + " | ".join([row.title, *cells]) + " |")
+    first = summaries[experiment.arms[0].name][experiment.show[0]]
+    count = f", n = {first.n} for each seed" if first.n else ""
+    lines += ["", table.caption.replace("“", '"').replace("”", '"') + f" Simulated grader and judge{count}."]
+    lines += ["", *(f"- {note}" for note in experiment.notes)] if experiment.notes else []
+    lines += ["", f"`{origin['command']}`, commit {origin['commit']}, {origin['compute']}."]
+    return "\n".join(lines) + "\n"
+
+
+def write(
+    folder: Path,
+    experiment: Experiment,
+    summaries: Summaries,
+    places: dict[str, dict[int, Place]],
+    origin: dict[str, Any],
+) -> None:
+    """Write `index.html` and `figures/`.
+
+    Args:
+        folder: Of the experiment.
+        experiment: What was asked.
+        summaries: Arm -> name -> summary.
+        places: Arm -> seed -> where its run lies.
+        origin: `command`, `commit`, `compute`, `version` and `data`, as texts.
+    """
+    (folder / "figures").mkdir(exist_ok=True)
+    write_page(
+        folder / "index.html",
+        TEMPLATE,
+        Path(__file__).parent,
+        experiment=experiment,
+        answers=answers(experiment, summaries),
+        sheets=_sheets(experiment, places),
+        tables=[table for table in (main_table(experiment, summaries), class_table(experiment, summaries)) if table],
+        seeds=seed_table(experiment, summaries),
+        charts=_charts(folder / "figures", experiment, summaries, places),
+        settings=[(arm.title, _settings(experiment, arm)) for arm in experiment.arms],
+        shared=yaml.safe_dump(experiment.settings, sort_keys=False) if experiment.settings else "",
+        origin=origin,
+        terms=terms({*experiment.show, "judge", "grader"}),
+    )
+
+
+def _settings(experiment: Experiment, arm: Arm) -> str:
+    if not arm.runs:
+        return f"set `{arm.set}` of “{experiment.arm(arm.of).title}”"
+    return yaml.safe_dump(arm.settings, sort_keys=False).strip() if arm.settings else f"the recipe {experiment.base}"
+
+
+def _sheets(experiment: Experiment, places: dict[str, dict[int, Place]]) -> list[dict[str, Any]]:
+    """Sheets of the first seed's images, of every arm whose evaluation drew one."""
+    found = []
+    for arm in experiment.arms:
+        try:
+            evaluation = last_round(places[arm.name][experiment.seeds[0]].run_dir, "evaluation")
+        except Exception:
+            continue
+        sheet = evaluation / "figures" / f"samples_{arm.set}.png"
+        if sheet.is_file():
+            found.append({"title": arm.title, "png": sheet.read_bytes()})
+    return found
+
+
+def _charts(
+    folder: Path, experiment: Experiment, summaries: Summaries, places: dict[str, dict[int, Place]]
+) -> list[dict[str, Any]]:
+    name = experiment.show[0]
+    title = title_of(name)[0]
+    if experiment.axis:
+        chart = figures.draw(folder / "curve", lambda axes: curve(axes, experiment, summaries, name))
+    else:
+        chart = figures.draw(folder / "arms", lambda axes: points(axes, experiment, summaries, name))
+    caption = f"{title}: mean over seeds with its {CONFIDENCE:.0%} interval; small marks are single seeds."
+    found = [{"chart": chart, "alt": f"{title} of each arm; the numbers are in the table", "caption": caption}]
+    if experiment.measure == "checks":
+        for seed in experiment.seeds:
+            trainings = {arm.title: training_of(places[arm.name][seed]) for arm in experiment.arms}
+            drawn = figures.draw(folder / f"training-seed-{seed}", partial(trained, trainings=trainings))
+            caption = f"Seed {seed}: judge's share (solid) and reward (dashed) while training goes on."
+            found.append({"chart": drawn, "alt": caption, "caption": caption})
+    return found
+
+
+def points(axes: Axes, experiment: Experiment, summaries: Summaries, name: str) -> None:
+    """A line for each arm: mean with interval, single seeds small."""
+    share = title_of(name)[1]
+    scale = 100 if share else 1
+    arms = [arm for arm in experiment.arms if name in summaries[arm.name]]
+    for row, arm in enumerate(arms):
+        summary = summaries[arm.name][name]
+        colour = COLOURS[6] if arm.name == experiment.against else COLOURS[0]
+        axes.plot(scale * np.array(summary.by_seed), [row] * len(summary.by_seed), ".", color=colour, alpha=0.6)
+        interval = summary.interval or [summary.mean, summary.mean]
+        reach = scale * np.abs(np.array(interval) - summary.mean)[:, None]
+        axes.errorbar(scale * summary.mean, row, xerr=reach, fmt="o", color=colour, capsize=3)
+    axes.set_yticks(range(len(arms)), [arm.title for arm in arms])
+    axes.invert_yaxis()
+    axes.set_xlabel(title_of(name)[0] + (" (%)" if share else ""))
+    axes.grid(axis="x", alpha=0.25)
+
+
+def curve(axes: Axes, experiment: Experiment, summaries: Summaries, name: str) -> None:
+    """A figure against the arms' `x`, a curve for each `line`; arms without `x` are horizontal lines."""
+    share = title_of(name)[1]
+    scale = 100 if share else 1
+    arms = [arm for arm in experiment.arms if name in summaries[arm.name]]
+    lines = dict.fromkeys(arm.line for arm in arms if arm.x is not None)
+    for index, line in enumerate(lines):
+        on_it = sorted((arm for arm in arms if arm.x is not None and arm.line == line), key=lambda arm: arm.x or 0)
+        if index:  # curves end where all grades are used, whichever came first
+            on_it += [arm for arm in arms if arm.x == 100 and arm.line != line]
+        found = [summaries[arm.name][name] for arm in on_it]
+        x, y = [arm.x or 0 for arm in on_it], scale * np.array([summary.mean for summary in found])
+        ends = np.array([summary.interval or [summary.mean] * 2 for summary in found])
+        reach = np.abs(scale * ends.T - y)
+        axes.errorbar(x, y, yerr=reach, capsize=3, label=line or None, color=COLOURS[index], marker=MARKERS[index])
+        for place, summary in zip(x, found, strict=True):
+            seeds = scale * np.array(summary.by_seed)
+            axes.plot([place] * len(seeds), seeds, ".", color=COLOURS[index], alpha=0.5)
+    for index, arm in enumerate(arm for arm in arms if arm.x is None):
+        style = ("--", ":", "-.")[index % 3]
+        axes.axhline(scale * summaries[arm.name][name].mean, linestyle=style, color=COLOURS[6], label=arm.title)
+    axes.set_xlabel(experiment.axis)
+    axes.set_ylabel(title_of(name)[0] + (" (%)" if share else ""))
+    axes.grid(axis="y", alpha=0.25)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+
+
+def trained(axes: Axes, trainings: dict[str, dict[str, Any]]) -> None:
+    """Judge's share and reward at each check of each arm's training; a dot marks what was kept."""
+    for index, (arm, training) in enumerate(trainings.items()):
+        for key, (_, style) in LINES.items():
+            rows = [(row["epoch"], row[key]) for row in training["checks"]]
+            label = arm if key == "judge_share" else None
+            axes.plot(*zip(*rows, strict=True), linestyle=style, color=COLOURS[index], label=label)
+            kept = [pair for pair in rows if pair[0] == training["kept_epoch"]]
+            axes.plot(*zip(*kept, strict=True), "o", color=COLOURS[index])
+    axes.set_xlabel("epochs")
+    axes.set_ylabel("mean over the check's images")
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=1, fontsize=8)

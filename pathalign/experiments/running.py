@@ -1,0 +1,137 @@
+"""Runs of an experiment: one process for each arm and seed, several at a time, sharing what they can."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pathalign.experiments.recipe import Arm, Experiment
+from pathalign.progress import say
+from pathalign.schema import InputError
+
+LOG_NAME = "log.txt"
+SHOWN_LOG_LINES = 12
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed, and the directory of its run."""
+
+    experiment: Experiment
+    arm: Arm
+    seed: int
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+        return f"{self.experiment.name}: {self.arm.title}, seed {self.seed}"
+
+
+def runs_of(experiment: Experiment, output_dir: Path) -> list[Run]:
+    """All runs, those of the first arm first: what the others take over from it is then there."""
+    return [
+        Run(experiment, arm, seed, output_dir / experiment.name / "runs" / arm.name / f"seed-{seed}")
+        for arm in experiment.arms
+        if arm.runs
+        for seed in experiment.seeds
+    ]
+
+
+def execute(runs: Iterable[Run], output_dir: Path, workers: int, data: str | None, minutes: float | None) -> None:
+    """Do all runs that are not done; the same call after an interruption goes on.
+
+    Args:
+        runs: In their order.
+        output_dir: Folder of all experiments, whose runs share their steps.
+        workers: Processes at a time; each gets its part of the machine's cores.
+        data: Real images, in place of the recipe's.
+        minutes: Scales the recipe's steps and images; None leaves them.
+
+    Raises:
+        ConfigError: If a setting is wrong; before anything starts.
+        InputError: If a run fails, with the end of its log. Others that have begun are ended; nothing is lost.
+    """
+    waiting = list(runs)
+    for run in waiting:
+        run.experiment.jobs(run.arm, run.seed, run.folder, data, minutes)
+    total, started, active = len(waiting), time.monotonic(), list[_Process]()
+    try:
+        while waiting or active:
+            while waiting and len(active) < workers:
+                run = waiting.pop(0)
+                say(f"[{total - len(waiting)}/{total}] {run.label}")
+                active.append(_Process(run, output_dir, workers, data, minutes))
+            time.sleep(0.2)
+            for process in [one for one in active if one.ended()]:
+                active.remove(process)
+                process.check()
+                done = total - len(waiting) - len(active)
+                left = (time.monotonic() - started) / done * (total - done)
+                say(f"{process.run.label}: done; {done} of {total} runs, about {left / 60:.0f} min left")
+    finally:
+        for process in active:
+            process.interrupt()
+
+
+class _Process:
+    """`pathalign run` for one run; what it says goes to `log.txt`, and the beginning of each step to the screen."""
+
+    def __init__(self, run: Run, output_dir: Path, workers: int, data: str | None, minutes: float | None) -> None:
+        self.run, self.log = run, run.folder / LOG_NAME
+        run.folder.mkdir(parents=True, exist_ok=True)
+        config = run.folder / "config.yaml"
+        config.write_text(yaml.safe_dump(run.experiment.values(run.arm, run.seed, data, minutes), sort_keys=False))
+        command = [sys.executable, "-m", "pathalign.cli", "run", str(config), "--output-dir", str(run.folder)]
+        command += ["--until", run.arm.until, "--reuse", str(output_dir), "--json"]
+        threads = str(max(1, (os.cpu_count() or 1) // workers))
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={"OMP_NUM_THREADS": threads, **os.environ},
+            start_new_session=True,  # Ctrl-C comes from here, once
+        )
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.log.open("a") as log:
+            for line in self.process.stderr:
+                log.write(line)
+                log.flush()
+                if line.startswith("[") and " -> " in line:
+                    say(f"{self.run.label} {line.split(' -> ')[0]}")
+
+    def ended(self) -> bool:
+        """Whether it is over."""
+        return self.process.poll() is not None
+
+    def check(self) -> None:
+        """Raise an `InputError` if it failed."""
+        self.reader.join()
+        if self.process.returncode:
+            tail = "\n".join(self.log.read_text().splitlines()[-SHOWN_LOG_LINES:])
+            raise InputError(
+                f"{self.run.label} failed (its whole log: {self.log}):\n{tail}\n"
+                "Mend the cause and run the same command again; what is done is kept."
+            )
+
+    def interrupt(self) -> None:
+        """End it as Ctrl-C would, so that it keeps its checkpoints."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGINT)
+        self.process.wait()
+        self.reader.join()

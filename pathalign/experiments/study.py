@@ -1,0 +1,128 @@
+"""Experiments from names to result pages."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pathalign.artefacts import write_atomically
+from pathalign.config import ConfigError
+from pathalign.experiments import page
+from pathalign.experiments.measures import Place, measure
+from pathalign.experiments.recipe import Experiment, load, names
+from pathalign.experiments.results import Figures, as_json, summarize
+from pathalign.experiments.running import execute, runs_of
+from pathalign.ledger import Ledger
+from pathalign.progress import say
+from pathalign.schema import library_versions
+
+ALL = "all"
+
+
+def run(
+    sources: Sequence[str],
+    output_dir: Path,
+    data: str | None = None,
+    seeds: Sequence[int] | None = None,
+    scale: str = "cpu",
+    minutes: float | None = None,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """Run experiments and write a folder for each: `index.html`, `results.json`, `results.md`, `figures/`.
+
+    Args:
+        sources: Names, YAML files, or `all`.
+        output_dir: Folder of all experiments; their runs share what they can.
+        data: Real images. Without them an experiment must name its own.
+        seeds: Of the runs, in place of the experiments' own.
+        scale: `cpu` or `full`.
+        minutes: Scales each run; None leaves the recipe as it is.
+        workers: Runs at a time.
+
+    Returns:
+        Name -> content of `results.json`, with `table` (text) and `page` (path).
+
+    Raises:
+        ConfigError: If an experiment cannot be run as it stands; before anything starts.
+        InputError: If a run fails. What is done is kept.
+    """
+    wanted = [name for source in sources for name in (names() if source == ALL else [source])]
+    experiments = [load(source, scale) for source in dict.fromkeys(wanted)]
+    if seeds is not None:
+        experiments = [replace(one, seeds=tuple(dict.fromkeys(seeds))) for one in experiments]
+    homeless = [one.name for one in experiments if not (data or (one.settings.get("data") or {}).get("source"))]
+    if homeless:
+        raise ConfigError(
+            f"Experiment {', '.join(homeless)}",
+            ["no real images are named; give `--data DIR_OR_HUB_ID` (`--data phantom` only shows that it runs)."],
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    runs = [runs_of(one, output_dir) for one in experiments]
+    execute([run for some in runs for run in some], output_dir, workers, data, minutes)
+    command = _command(sources, data, seeds, scale, minutes)
+    return {one.name: _finish(one, output_dir, data, command) for one in experiments}
+
+
+def _finish(experiment: Experiment, output_dir: Path, data: str | None, command: str) -> dict[str, Any]:
+    folder = output_dir / experiment.name
+    places = {
+        arm.name: {
+            seed: Place(
+                experiment,
+                arm,
+                run_dir=folder / "runs" / arm.of / f"seed-{seed}",
+                first=folder / "runs" / experiment.arms[0].name / f"seed-{seed}",
+            )
+            for seed in experiment.seeds
+        }
+        for arm in experiment.arms
+    }
+    figures: Figures = {name: {seed: measure(place) for seed, place in some.items()} for name, some in places.items()}
+    summaries = summarize(experiment, figures)
+    origin = {
+        "command": command,
+        "version": library_versions()["pathalign"],
+        "commit": _commit(),
+        "data": data or experiment.settings["data"]["source"],
+        "compute": _compute([place.run_dir for some in places.values() for place in some.values()]),
+    }
+    page.write(folder, experiment, summaries, places, origin)
+    result = {**as_json(experiment, figures, summaries), "origin": origin}
+    write_atomically(folder / "results.json", json.dumps(result, indent=2) + "\n")
+    text = page.markdown(experiment, summaries, origin)
+    write_atomically(folder / "results.md", text)
+    say(f"{experiment.name}: {folder / 'index.html'}")
+    return {**result, "table": text, "page": str(folder / "index.html")}
+
+
+def _command(
+    sources: Sequence[str], data: str | None, seeds: Sequence[int] | None, scale: str, minutes: float | None
+) -> str:
+    words = ["pathalign experiment", *sources]
+    options = {
+        "--data": data,
+        "--seeds": ",".join(map(str, seeds)) if seeds is not None else None,
+        "--scale": scale if scale != "cpu" else None,
+        "--minutes": minutes,
+    }
+    return " ".join([*words, *(f"{name} {value}" for name, value in options.items() if value is not None)])
+
+
+def _commit() -> str:
+    """Commit of the checkout that this is run from; a mark where it is none, or has changes."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (no checkout)"
+
+
+def _compute(run_dirs: Sequence[Path]) -> str:
+    """Time and memory of all steps behind an experiment, each counted once, whoever made it."""
+    steps = {entry["key"]: entry for folder in set(run_dirs) for entry in Ledger(folder).steps.values()}
+    wall, peak = sum(entry["wall_s"] for entry in steps.values()), max(entry["peak_rss_mb"] for entry in steps.values())
+    return f"{len(steps)} steps of {wall / 60:.0f} minutes together, {peak:,.0f} MB at most"

@@ -1,0 +1,239 @@
+"""Experiments: what a recipe may say, what is made of figures of several seeds, and one small study from end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from click.testing import CliRunner
+from scipy import stats
+from test_loop import TINY, write_config
+
+from pathalign.cli import main
+from pathalign.config import ConfigError
+from pathalign.experiments import page, recipe
+from pathalign.experiments.measures import Figure
+from pathalign.experiments.results import over_seeds, summarize
+from pathalign.ledger import Ledger
+from pathalign.workflow import plan
+
+ARMS = {"main": {}, "base": {"set": "before"}, "short": {"settings": {"reward": {"epochs": 1}}}}
+TINY_STUDY = {
+    "title": "Epochs",
+    "question": "Do more epochs help?",
+    "seeds": [0],
+    "arms": ARMS,
+    "against": "base",
+    "show": ["plausible_share", "precision"],
+}
+
+
+def write_study(folder: Path, **changed) -> Path:
+    """A study on the phantom, as small as it can be."""
+    settings = yaml.safe_load(write_config(folder).read_text())
+    settings["generate"]["varied_steps"] = []
+    settings["data"]["source"] = "phantom"
+    path = folder / "epochs.yaml"
+    path.write_text(yaml.safe_dump({**TINY_STUDY, "settings": settings, **changed}, sort_keys=False))
+    return path
+
+
+def load(tmp_path: Path, **changed) -> recipe.Experiment:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**TINY_STUDY, **changed}, sort_keys=False))
+    return recipe.load(str(tmp_path / "study.yaml"))
+
+
+def test_every_experiment_of_the_package_can_be_planned_at_both_scales(tmp_path):
+    names = recipe.names()
+    assert len(names) == 9
+    for name in names:
+        for scale in ("cpu", "full"):
+            experiment = recipe.load(name, scale)
+            assert experiment.title and experiment.question.endswith("?")
+            for arm in experiment.arms:
+                if arm.runs:
+                    jobs = experiment.jobs(arm, 0, tmp_path, "somewhere", None)
+                    assert any(job.stage.name == arm.until for job in jobs), (name, arm.name)
+
+
+def test_an_arm_with_another_method_leaves_the_recipes_settings_of_its_own_one_behind(tmp_path):
+    settings = {"align": {"rounds": 2}}
+    experiment = load(tmp_path, settings=settings, arms={**ARMS, "draft": {"settings": {"align": {"method": "draft"}}}})
+    assert experiment.values(experiment.arm("main"), 3, None, None)["align"]["rounds"] == 2
+    values = experiment.values(experiment.arm("draft"), 3, "cells", None)
+    assert values["align"] == {"method": "draft"}
+    assert values["seed"] == 3 and values["data"]["source"] == "cells"
+
+
+def test_controls_are_measured_in_the_first_arms_run_only(tmp_path):
+    experiment = load(tmp_path)
+    made = {
+        arm.name: {job.step.folder for job in experiment.jobs(arm, 0, tmp_path, "cells", None)}
+        for arm in experiment.arms
+        if arm.runs
+    }
+    assert made["main"] - made["short"] == {"control", "samples_control", "samples_best_of_n"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "texts"),
+    [
+        ({"arm": {}}, ["`arm` is not known; did you mean `arms`?"]),
+        ({"arms": {}}, ["`arms` is missing"]),
+        ({"arms": {"base": {"set": "before"}}}, ["first arm, `base`, must have a run of its own"]),
+        ({"arms": {"main": {}, "B C": {"sett": {}}}}, ["'B C'; use small letters", "did you mean `set`?"]),
+        ({"arms": {"main": {}, "x": {"set": "befor"}}}, ["Did you mean 'before'?"]),
+        ({"arms": {"main": {}, "x": {"of": "nobody"}}}, ["`of` is 'nobody'"]),
+        ({"against": "bass", "measure": "evalution"}, ["Did you mean 'base'?", "Did you mean 'evaluation'?"]),
+        ({"seeds": [0, -1]}, ["`seeds` is [0, -1]"]),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_all_that_is_wrong(changed, texts, tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, **changed)
+    for text in texts:
+        assert text in str(caught.value)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_one():
+    with pytest.raises(ConfigError, match="Did you mean 'rare-class'"):
+        recipe.load("rare-clas")
+
+
+def test_a_wrong_setting_of_an_arm_is_refused_before_anything_starts(tmp_path):
+    arms = {**ARMS, "wrong": {"settings": {"reward": {"epoch": 3}}}}
+    study = write_study(tmp_path, arms=arms)
+    result = CliRunner().invoke(main, ["experiment", str(study), "--output-dir", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "did you mean `epochs`?" in result.stderr and "'wrong'" in result.stderr
+    assert not list((tmp_path / "out").rglob("stages.json"))
+
+
+def test_without_real_images_an_experiment_does_not_start(tmp_path):
+    result = CliRunner().invoke(main, ["experiment", "rounds", "--output-dir", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "give `--data DIR_OR_HUB_ID`" in result.stderr
+
+
+def figures_of(values: dict[str, list[float]]) -> dict:
+    return {
+        arm: {seed: {"plausible_share": Figure(value, [0.1, 0.9], 50)} for seed, value in enumerate(row)}
+        for arm, row in values.items()
+    }
+
+
+def test_intervals_and_differences_are_those_of_students_t_over_seeds(tmp_path):
+    experiment = load(tmp_path, seeds=[0, 1, 2])
+    values = {"main": [0.6, 0.7, 0.65], "base": [0.4, 0.45, 0.41], "short": [0.5, 0.3, 0.7]}
+    found = summarize(experiment, figures_of(values))
+    main_arm = found["main"]["plausible_share"]
+    assert main_arm.mean == pytest.approx(0.65)
+    expected = stats.ttest_1samp(values["main"], 0).confidence_interval(0.95)
+    assert main_arm.interval == pytest.approx([expected.low, expected.high])
+    paired = stats.ttest_rel(values["main"], values["base"]).confidence_interval(0.95)
+    assert main_arm.difference_interval == pytest.approx([paired.low, paired.high])
+    assert main_arm.difference == pytest.approx(np.mean(values["main"]) - np.mean(values["base"]))
+    assert main_arm.clear and not found["short"]["plausible_share"].clear
+    assert found["base"]["plausible_share"].difference is None
+
+
+def test_with_one_seed_the_interval_is_that_over_images_and_no_difference_has_one(tmp_path):
+    found = summarize(load(tmp_path), figures_of({"main": [0.6], "base": [0.4], "short": [0.5]}))
+    summary = found["main"]["plausible_share"]
+    assert summary.interval == [0.1, 0.9] and summary.difference == pytest.approx(0.2)
+    assert summary.difference_interval is None and not summary.clear
+    assert over_seeds([0.5]) is None
+
+
+def test_the_answer_says_what_may_be_chance(tmp_path):
+    experiment = load(tmp_path, seeds=[0, 1, 2])
+    found = summarize(
+        experiment, figures_of({"main": [0.6, 0.7, 0.65], "base": [0.4, 0.45, 0.41], "short": [0.5, 0.3, 0.7]})
+    )
+    lines = page.answers(experiment, found)
+    assert len(lines) == 2
+    assert "65.0 % against 42.0 %" in lines[0] and "+23.0 points" in lines[0] and "chance" not in lines[0]
+    assert "may be chance" in lines[1]
+
+
+@pytest.mark.slow
+def test_a_study_runs_is_interrupted_goes_on_and_reports(tmp_path):
+    study, output = write_study(tmp_path), tmp_path / "out"
+    command = [sys.executable, "-m", "pathalign.cli", "experiment", str(study), "--output-dir", str(output), "--json"]
+    command += ["--workers", "2"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    runs = output / "epochs" / "runs"
+    while not (runs / "main" / "seed-0" / "candidates").is_dir():
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr[-2000:]
+    assert children_of(process.pid) == []
+    before = Ledger(runs / "main" / "seed-0").steps
+
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout)["experiments"]["epochs"]
+    ledgers = {arm: Ledger(runs / arm / "seed-0").steps for arm in ("main", "short")}
+    assert ledgers["main"]["base"] == before["base"]  # not made again
+    assert ledgers["short"]["base"]["content"] == ledgers["main"]["base"]["content"]
+    assert ledgers["short"]["reward"]["content"] != ledgers["main"]["reward"]["content"]
+
+    folder = output / "epochs"
+    assert json.loads((folder / "results.json").read_text())["arms"] == result["arms"]
+    metrics = json.loads((runs / "main" / "seed-0" / "evaluation" / "metrics.json").read_text())["metrics"]
+    shown = {arm: entry["summary"]["plausible_share"]["mean"] for arm, entry in result["arms"].items()}
+    assert (
+        shown["main"] == metrics["after"]["plausible_share"] and shown["base"] == metrics["before"]["plausible_share"]
+    )
+    text = (folder / "index.html").read_text()
+    for part in ("Do more epochs help?", "Never for diagnosis", "epochs: 1", "figures/arms.svg"):
+        assert part in text, part
+    assert "http://" not in text.replace("http://www.w3.org", "") and "https://" not in text
+    assert (folder / "results.md").read_text().startswith("## Epochs")
+    assert {path.name for path in (folder / "figures").iterdir()} == {"arms.png", "arms.svg"}
+
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and json.loads(again.stdout)["experiments"]["epochs"]["arms"] == result["arms"]
+    assert Ledger(runs / "short" / "seed-0").steps == ledgers["short"]
+
+
+def children_of(session: int) -> list[str]:
+    """Processes that still run below `session`, by command line."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if "epochs/runs" in (line := stat.read_text().replace("\0", " ")) and int(stat.parent.name) != os.getpid():
+                found.append(line)
+        except OSError:
+            continue
+    return found
+
+
+def test_the_data_stage_makes_one_class_rare_and_leaves_the_others_as_they_are(tmp_path):
+    data = TINY["data"]
+    plain = plan({"data": data}, tmp_path / "plain")[0]
+    rare = plan({"data": {**data, "rare": ["lymphocyte=3"]}}, tmp_path / "rare")[0]
+    from pathalign.data import prepare
+    from pathalign.images import ImageSet
+
+    for job in (plain, rare):
+        prepare(job.config, job.folder)
+    splits = {name: [ImageSet.load(job.folder, name) for job in (plain, rare)] for name in ("train", "grader", "test")}
+    counts = [dict(zip(*np.unique(one.labels(), return_counts=True), strict=True)) for one in splits["train"]]
+    assert counts[0] == {"basophil": 8, "lymphocyte": 8, "neutrophil": 8}
+    assert counts[1] == {"basophil": 8, "lymphocyte": 3, "neutrophil": 8}
+    kept = [set(one.image_ids) for one in splits["train"]]
+    assert kept[1] < kept[0]
+    for name in ("grader", "test"):
+        assert splits[name][0].image_ids == splits[name][1].image_ids
