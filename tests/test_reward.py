@@ -150,6 +150,29 @@ def test_saved_and_loaded_models_give_the_same_rewards(tmp_path: Path):
     assert AutoConfig.from_pretrained(tmp_path).class_names == ["a", "b"]
 
 
+def test_of_real_pairs_only_no_grade_is_learned_from_or_chosen_by(config: RewardConfig, tmp_path: Path):
+    images, bright = brightness_images(48, 6)
+    data = tmp_path / "data"
+    shutil.copytree(config.data, data)
+    ImageSet.build(images, 1 - bright, CLASSES[::-1]).save(data, "validation")
+    rewards = []
+    for name, turned in (("right", False), ("wrong", True)):
+        feedback = tmp_path / name
+        shutil.copytree(config.feedback, feedback)
+        for split, count, seed in (("train", 96, 1), ("validation", 48, 2)):
+            images = graded(count, seed)
+            if turned:
+                for column in ("plausible", "failed_brightness"):
+                    images.columns[column] = [1 - value for value in images.columns[column]]
+            images.save(feedback, split)
+        changed = dataclasses.replace(config, feedback=str(feedback), data=str(data), real_share=1.0, epochs=20)
+        record = train_reward(changed, tmp_path / f"{name}-model")
+        assert record.metrics["roc_auc"] > 0.9  # of the test grades, which are right in both
+        rewards.append(load_file(tmp_path / f"{name}-model" / "model.safetensors"))
+    assert rewards[0].keys() == rewards[1].keys()
+    assert all(torch.equal(rewards[0][name], rewards[1][name]) for name in rewards[0])
+
+
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "misshapen"])
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, damage: str):
     RewardModel(RewardModelConfig()).save_pretrained(tmp_path)

@@ -232,6 +232,17 @@ def test_a_flip_rate_of_one_half_leaves_no_more_than_chance(candidates, fitted, 
     assert abs(agreeing - 300) <= WIDE * (600 / 4) ** 0.5
 
 
+def test_only_faulty_graders_flip_and_lean(candidates, fitted, tmp_path):
+    own = [row["verdict"] for row in grades_of(candidates, fitted, tmp_path / "own")]
+    settings = {"graders": 3, "faulty_graders": 1, "flip_rate": 0.3, "bias": -2.0}
+    rows = grades_of(candidates, fitted, tmp_path / "three", **settings)
+    verdicts = {name: [row["verdict"] for row in rows if row["grader"] == f"simulated-{name}"] for name in (1, 2, 3)}
+    assert verdicts[1] == verdicts[2] == own
+    assert verdicts[3] != own
+    with pytest.raises(InputError, match="`faulty_graders` is 4, but there are 3 `graders`"):
+        GradeConfig(graders=3, faulty_graders=4)
+
+
 def test_a_flip_rate_turns_about_that_share_round(candidates, fitted, tmp_path):
     own = grades_of(candidates, fitted, tmp_path / "own")
     noisy = grades_of(candidates, fitted, tmp_path / "noisy", flip_rate=0.1, graders=4)
