@@ -176,7 +176,10 @@ def test_the_report_can_be_read_aloud(rendered):
 def test_the_pictures_come_first_then_the_tables_then_the_method(rendered):
     *_, outline = rendered
     ids = [attrs["id"] for tag, attrs in outline.tags if tag == "h2"]
-    assert ids == ["pictures", "shares", "metrics", "worse", "classes", "extremes", "copies", "reward", "method"]
+    shown = ["pictures", "shares", "metrics", "terms", "worse", "classes", "extremes", "copies", "reward", "method"]
+    assert ids == shown
+    links = [attrs["href"] for tag, attrs in outline.tags if tag == "a" and str(attrs["href"]).startswith("#")]
+    assert links[: len(ids)] == [f"#{name}" for name in ids]
 
 
 def test_every_figure_is_shown_with_its_interval_and_number_of_images(rendered):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,17 @@ SIZE_INCHES = (5.0, 3.2)  # narrow, so that 10 pt text stays readable on a phone
 PIXELS_PER_INCH = 200  # twice the screen's
 
 
-def draw(path: Path, plot: Callable[[Axes], None]) -> dict[str, bytes]:
-    """Draw one chart into `path` + `.png` and `.svg`; returns PNG bytes for `light` and `dark` pages."""
+@dataclass(frozen=True)
+class Chart:
+    """A chart as PNG bytes for light and dark pages, and its files as a page beside their folder links them."""
+
+    light: bytes
+    dark: bytes
+    files: tuple[str, ...]
+
+
+def draw(path: Path, plot: Callable[[Axes], None]) -> Chart:
+    """Draw one chart, also into the files `path` + `.png` and `.svg`, light on white."""
     images = {}
     for theme, colours in (("light", LIGHT), ("dark", DARK)):
         ink, ground = colours["ink"], colours["ground"]
@@ -56,7 +66,8 @@ def draw(path: Path, plot: Callable[[Axes], None]) -> dict[str, bytes]:
             if theme == "light":
                 path.with_suffix(".png").write_bytes(images[theme])
                 figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    return images
+    files = tuple(f"{path.parent.name}/{path.name}{ending}" for ending in (".png", ".svg"))
+    return Chart(images["light"], images["dark"], files)
 
 
 def plausible_shares(axes: Axes, sets: dict[str, Any]) -> None:

@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from pathalign.augment import orient
-from pathalign.evaluate import figures
+from pathalign.evaluate import figures, tables
 from pathalign.evaluate.alignment import Verdicts
 from pathalign.evaluate.fidelity import rows_of_class
 from pathalign.evaluate.figures import SET_TITLES
+from pathalign.evaluate.glossary import term_of, terms
+from pathalign.evaluate.page import (
+    NOT_MEASURED,
+    Cell,
+    Table,
+    TableRow,
+    interval_text,
+    measured_cell,
+    number,
+    percent,
+    points,
+    write_page,
+)
 from pathalign.images import ImageSet
 from pathalign.schema import DISCLAIMER, RunRecord
 
-NOT_MEASURED = "not measured"
 PAIRS_PER_CLASS = 6
 EXTREME_SAMPLES = 8
 TEMPLATE = "report.html.jinja"
+GENERAL_TERMS = {"judge", "grader", "interval", "seed", "control", "best_of_n"}
+SECTIONS = (  # id and heading
+    ("pictures", "Before and after, same seeds"),
+    ("shares", "Plausible share"),
+    ("metrics", "All metrics"),
+    ("terms", "What the words mean"),
+    ("worse", "What got worse"),
+    ("classes", "By class and by criterion"),
+    ("extremes", "Worst and best samples by reward"),
+    ("copies", "Closest to a training image"),
+    ("reward", "Reward model"),
+    ("method", "Method and limits"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,41 +105,9 @@ ROWS = (
 )  # fmt: skip
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as percentage, or `not measured`."""
-    return NOT_MEASURED if value is None else f"{100 * value:.{digits}f} %"
-
-
-def number(value: float | None) -> str:
-    """A number with three digits behind the point (four when it is tiny), or `not measured`."""
-    if value is None:
-        return NOT_MEASURED
-    return f"{value:.4f}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
-
-
-def points(value: float | None) -> str:
-    """A difference of shares in percentage points, with its sign."""
-    return NOT_MEASURED if value is None else f"{100 * value:+.1f}"
-
-
-def interval_text(interval: Sequence[float] | None, scale: float = 1) -> str:
-    """`low to high`, or nothing."""
-    if interval is None:
-        return ""
-    digits = 1 if scale == 100 else 3
-    return f"{scale * interval[0]:.{digits}f} to {scale * interval[1]:.{digits}f}"
-
-
-def cell(row: Row, measured: dict[str, Any] | None) -> dict[str, str]:
+def cell(row: Row, measured: dict[str, Any] | None) -> Cell:
     """Value, interval and n of one figure of one set, as text."""
-    if measured is None or measured.get(row.key) is None:
-        return {"value": NOT_MEASURED, "interval": "", "n": ""}
-    scale = 100 if row.kind == "share" else 1
-    return {
-        "value": percent(measured[row.key]) if row.kind == "share" else number(measured[row.key]),
-        "interval": interval_text(measured.get(row.interval or ""), scale),
-        "n": str(measured[row.count]) if row.count else "",
-    }
+    return measured_cell(measured, row.key, row.interval, row.count, share=row.kind == "share")
 
 
 def summary_table(metrics: dict[str, Any]) -> str:
@@ -130,7 +120,7 @@ def summary_table(metrics: dict[str, Any]) -> str:
     lines = [f"{'':20}" + "".join(f"{title:>12}" for title in SET_TITLES.values())]
     lines.append(f"{'images':20}" + "".join(f"{sets[name]['n'] if sets.get(name) else '-':>12}" for name in SET_TITLES))
     for row in ROWS:
-        values = [cell(row, sets.get(name))["value"].replace(NOT_MEASURED, "-") for name in SET_TITLES]
+        values = [cell(row, sets.get(name)).value.replace(NOT_MEASURED, "-") for name in SET_TITLES]
         lines.append(f"{row.title:20}" + "".join(f"{value:>12}" for value in values))
     lines += [
         "",
@@ -186,39 +176,69 @@ def headline(metrics: dict[str, Any]) -> str:
     return text
 
 
+def in_plain_words(metrics: dict[str, Any]) -> str:
+    """What happened to the plausible share, for a reader who knows no statistics."""
+    sets, (low, high) = metrics["metrics"], metrics["plausible_gain_ci"]
+    before, after, real = (round(100 * sets[name]["plausible_share"]) for name in ("before", "after", "real"))
+    text = (
+        f"Of 100 images of the base model the judge finds {before} plausible, of 100 of the aligned model {after}, and "
+        f"of 100 real images that it never saw {real}."
+    )
+    if low <= 0 <= high:
+        return text + " Chance alone could explain the change."
+    return text + f" The {'rise' if low > 0 else 'fall'} is larger than chance explains."
+
+
+def metric_table(metrics: dict[str, Any]) -> Table:
+    """All metrics of all sets."""
+    rows = [
+        TableRow(
+            row.title,
+            [cell(row, metrics["metrics"].get(name)) for name in SET_TITLES],
+            f"{row.meaning}; {row.better} is better",
+            term_of(row.key),
+        )
+        for row in ROWS
+    ]
+    caption = (
+        f"Value, {percent(metrics['confidence'], 0)} interval and number of images. “Real” is unseen real images, the "
+        "mark to reach."
+    )
+    return Table(caption, ("Metric", *SET_TITLES.values()), rows)
+
+
 def write(folder: Path, metrics: dict[str, Any], exhibits: Exhibits, record: RunRecord) -> None:
     """Write `report.html` and `figures/` into `folder`."""
     (folder / "figures").mkdir(exist_ok=True)
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
-    environment.filters.update(percent=percent, number=number, points=points, interval=interval_text, data_uri=data_uri)
-    page = environment.get_template(TEMPLATE).render(
+    training = metrics.get("training")
+    write_page(
+        folder / "report.html",
+        TEMPLATE,
+        Path(__file__).parent,
         metrics=metrics,
         record=record,
-        disclaimer=DISCLAIMER,
-        not_measured=NOT_MEASURED,
         phantom=exhibits.phantom,
-        titles=SET_TITLES,
+        sections=SECTIONS,
         warning=hacking_warning(metrics),
+        plain_words=in_plain_words(metrics),
         headline=headline(metrics).replace(" %", "\u00a0%"),
-        table=[(row, [cell(row, metrics["metrics"].get(name)) for name in SET_TITLES]) for row in ROWS],
+        table=metric_table(metrics),
+        worse=tables.worse(metrics),
+        classes=tables.classes(metrics),
+        criteria=tables.criteria(metrics),
+        reward_table=tables.reward_model(metrics),
+        checks=tables.checks(training) if training else None,
+        terms=terms({row.key for row in ROWS} | GENERAL_TERMS),
         class_rows=class_rows(exhibits),
         extremes=extremes(exhibits),
         closest=closest_pairs(exhibits),
         charts=draw_charts(folder / "figures", metrics, exhibits),
         calibration=exhibits.calibration,
-        training=metrics.get("training"),
-        curves=figures.CURVES,
+        training=training,
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def data_uri(content: bytes) -> str:
-    """PNG bytes as a data URI."""
-    return "data:image/png;base64," + base64.b64encode(content).decode()
-
-
-def draw_charts(folder: Path, metrics: dict[str, Any], exhibits: Exhibits) -> dict[str, dict[str, bytes]]:
+def draw_charts(folder: Path, metrics: dict[str, Any], exhibits: Exhibits) -> dict[str, figures.Chart]:
     """Draw every chart and sheet that there is data for; returns the charts to embed, by name."""
     sets = metrics["metrics"]
     charts = {
