@@ -149,7 +149,7 @@ def test_with_one_seed_the_interval_is_that_over_images_and_no_difference_has_on
     summary = found["main"]["plausible_share"]
     assert summary.interval == [0.1, 0.9] and summary.difference == pytest.approx(0.2)
     assert summary.difference_interval is None and not summary.clear
-    assert over_seeds([0.5]) is None
+    assert over_seeds([0.5, 0.6]) is None
 
 
 def test_the_answer_says_what_may_be_chance(tmp_path):

@@ -16,7 +16,8 @@ from pathalign.evaluate.page import Cell, Table, TableRow, number, write_page
 from pathalign.evaluate.report import ROWS
 from pathalign.experiments.measures import CONFIDENCE, Place, last_round, training_of
 from pathalign.experiments.recipe import Arm, Experiment
-from pathalign.experiments.results import Summary
+from pathalign.experiments.results import FEWEST_SEEDS, Summary
+from pathalign.schema import InputError
 
 TEMPLATE = "experiment.html.jinja"
 # What the table calls the figures that no evaluation has, and whether they are shares.
@@ -40,6 +41,7 @@ TITLES = {
 LINES = {"judge_share": ("judge's plausible share", "-"), "reward": ("reward", "--")}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080")
 MARKERS = "os^DvPX"
+CLASS_PREFIX = "plausible share of "
 Summaries = dict[str, dict[str, Summary]]
 
 
@@ -58,10 +60,12 @@ def text(value: float, share: bool, sign: bool = False) -> str:
     return f"{value:+.3f}" if sign else str(int(value)) if value == int(value) else number(value)
 
 
-def span(interval: list[float] | None, share: bool) -> str:
-    """`low to high`, or nothing."""
+def span(interval: list[float] | None, share: bool, difference: bool = False) -> str:
+    """`low to high`, or nothing; a share's stays within 0 to 100 %, as Student's t does not know."""
     if interval is None:
         return ""
+    if share and not difference:
+        interval = np.clip(interval, 0, 1).tolist()
     return " to ".join(f"{100 * end:.1f}" if share else f"{end:.3f}" for end in interval)
 
 
@@ -82,10 +86,11 @@ def answers(experiment: Experiment, summaries: Summaries) -> list[str]:
             f"{text(summary.difference, share, sign=True)}{unit}"
         )
         if summary.difference_interval is None:
-            line += " (one seed, no interval)."
+            line += f" ({len(experiment.seeds)} seeds: too few for an interval)."
         else:
             verdict = "" if summary.clear else ", which may be chance"
-            line += f" ({CONFIDENCE:.0%} over seeds: {span(summary.difference_interval, share)}{verdict})."
+            within = span(summary.difference_interval, share, difference=True)
+            line += f" ({100 * CONFIDENCE:.0f} % over seeds: {within}{verdict})."
         found.append(line)
     return found
 
@@ -96,14 +101,21 @@ def main_table(experiment: Experiment, summaries: Summaries) -> Table:
         experiment,
         summaries,
         experiment.show,
-        f"Mean over the seeds {', '.join(map(str, experiment.seeds))}, its {CONFIDENCE:.0%} interval over seeds, and "
-        f"the difference from “{experiment.arm(experiment.against).title}”, seed by seed (* its interval excludes 0).",
+        f"Mean over the seeds {', '.join(map(str, experiment.seeds))}{_which_interval(experiment)}, and the difference "
+        f"from “{experiment.arm(experiment.against).title}”, seed by seed (* its interval excludes 0).",
     )
+
+
+def _which_interval(experiment: Experiment) -> str:
+    if len(experiment.seeds) == 1:
+        return f", its {100 * CONFIDENCE:.0f} % interval over images"
+    few = len(experiment.seeds) < FEWEST_SEEDS
+    return "" if few else f", its {100 * CONFIDENCE:.0f} % interval over seeds"
 
 
 def class_table(experiment: Experiment, summaries: Summaries) -> Table | None:
     """Plausible share of each class, where the experiment measures it."""
-    prefix = "plausible_share of "
+    prefix = CLASS_PREFIX.replace(" ", "_", 1)
     names = tuple(name for name in summaries[experiment.arms[0].name] if name.startswith(prefix))
     return _table(experiment, summaries, names, "Plausible share of each class, likewise.") if names else None
 
@@ -113,7 +125,7 @@ def _table(experiment: Experiment, summaries: Summaries, names: tuple[str, ...],
     for arm in experiment.arms:
         cells = [_cell(summaries[arm.name].get(name), title_of(name)[1]) for name in names]
         rows.append(TableRow(arm.title, cells))
-    return Table(caption, ["Arm", *(title_of(name)[0] for name in names)], rows)
+    return Table(caption, ["Arm", *(title_of(name)[0].removeprefix(CLASS_PREFIX) for name in names)], rows)
 
 
 def _cell(summary: Summary | None, share: bool) -> Cell:
@@ -126,22 +138,17 @@ def _cell(summary: Summary | None, share: bool) -> Cell:
 
 
 def seed_table(experiment: Experiment, summaries: Summaries) -> Table:
-    """The first figure of each arm and seed."""
+    """The first figure of each arm and seed, with its interval over images."""
     name = experiment.show[0]
-    share = title_of(name)[1]
+    title, share = title_of(name)
     rows = []
     for arm in experiment.arms:
         summary = summaries[arm.name].get(name)
-        values = summary.by_seed if summary else []
-        rows.append(
-            TableRow(
-                arm.title,
-                [Cell(text(value, share)) for value in values],
-                f"n = {summary.n}" if summary and summary.n else "",
-            )
-        )
+        pairs = zip(summary.by_seed, summary.by_seed_interval, strict=True) if summary else ()
+        cells = [Cell(text(value, share), span(interval, share)) for value, interval in pairs]
+        rows.append(TableRow(arm.title, cells, f"n = {summary.n}" if summary and summary.n else ""))
     columns = ["Arm", *(f"seed {seed}" for seed in experiment.seeds)]
-    return Table(f"{title_of(name)[0]}, by seed.", columns, rows)
+    return Table(f"{title} of each seed, with {100 * CONFIDENCE:.0f} % intervals over images.", columns, rows)
 
 
 def markdown(experiment: Experiment, summaries: Summaries, origin: dict[str, Any]) -> str:
@@ -206,7 +213,7 @@ def _sheets(experiment: Experiment, places: dict[str, dict[int, Place]]) -> list
     for arm in experiment.arms:
         try:
             evaluation = last_round(places[arm.name][experiment.seeds[0]].run_dir, "evaluation")
-        except Exception:
+        except InputError:
             continue
         sheet = evaluation / "figures" / f"samples_{arm.set}.png"
         if sheet.is_file():
@@ -223,7 +230,7 @@ def _charts(
         chart = figures.draw(folder / "curve", lambda axes: curve(axes, experiment, summaries, name))
     else:
         chart = figures.draw(folder / "arms", lambda axes: points(axes, experiment, summaries, name))
-    caption = f"{title}: mean over seeds with its {CONFIDENCE:.0%} interval; small marks are single seeds."
+    caption = f"{title}: mean over seeds with its {100 * CONFIDENCE:.0f} % interval; small marks are single seeds."
     found = [{"chart": chart, "alt": f"{title} of each arm; the numbers are in the table", "caption": caption}]
     if experiment.measure == "checks":
         for seed in experiment.seeds:

@@ -12,6 +12,7 @@ from scipy import stats
 from pathalign.experiments.measures import CONFIDENCE, Figure
 from pathalign.experiments.recipe import Experiment
 
+FEWEST_SEEDS = 3
 Figures = dict[str, dict[int, dict[str, Figure]]]  # arm -> seed -> name -> figure
 
 
@@ -23,14 +24,16 @@ class Summary:
         mean: Over the seeds.
         interval: 95 %: of the mean over seeds, by Student's t; with one seed over its images, None if there is none.
         by_seed: Values in the order of the experiment's seeds.
+        by_seed_interval: Interval of each over its images, None where there is none.
         n: Images behind each value, None where it is no share of images.
         difference: Mean of the differences from the arm that is compared with, seed by seed; None for that arm itself.
-        difference_interval: 95 %, of that mean over seeds, by Student's t; None with one seed.
+        difference_interval: 95 %, of that mean over seeds, by Student's t; None for less than three seeds.
     """
 
     mean: float
     interval: list[float] | None
     by_seed: list[float]
+    by_seed_interval: list[list[float] | None]
     n: int | None
     difference: float | None
     difference_interval: list[float] | None
@@ -43,8 +46,8 @@ class Summary:
 
 
 def over_seeds(values: Sequence[float]) -> list[float] | None:
-    """95 % interval of a mean over seeds, by Student's t; None for less than two values."""
-    if len(values) < 2:
+    """95 % interval of a mean over seeds, by Student's t; None for less than `FEWEST_SEEDS`: it would say nothing."""
+    if len(values) < FEWEST_SEEDS:
         return None
     reach = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return [float(np.mean(values) - reach), float(np.mean(values) + reach)]
@@ -72,6 +75,7 @@ def _summary(experiment: Experiment, figures: Figures, arm: str, name: str) -> S
         mean=float(np.mean(values)),
         interval=over_seeds(values) if len(values) > 1 else found[0].interval,
         by_seed=values,
+        by_seed_interval=[figure.interval for figure in found],
         n=found[0].n,
         difference=float(np.mean(differences)) if compared else None,
         difference_interval=over_seeds(differences) if compared else None,
