@@ -52,8 +52,8 @@ class Explanation:
 
     @property
     def scale(self) -> float:
-        """Saliency that an overlay shows in full colour: few pixels of these images reach it. Above 0."""
-        return max(float(torch.quantile(self.saliency.abs().flatten(1), 0.99, dim=1).max()), 1e-12)
+        """Saliency that an overlay shows in full colour: one pixel in fifty of all these images reaches it. Above 0."""
+        return max(float(np.quantile(self.saliency.abs().numpy(), 0.98)), 1e-12)
 
 
 def require_captum() -> Any:
@@ -72,13 +72,15 @@ def require_captum() -> Any:
 
 
 @torch.no_grad()
-def criteria_rewards(model: RewardModel, pixel_values: Tensor, class_ids: Tensor) -> Tensor:
-    """Probability that each criterion is met, shape `(n, len(criteria))`, float32; arguments as in `forward`.
+def reward_parts(model: RewardModel, pixel_values: Tensor, class_ids: Tensor) -> Tensor:
+    """The reward, and the probability that each criterion is met: shape `(n, 1 + len(criteria))`, float32 in 0..1.
 
-    The heads of the criteria are not calibrated: read them against each other, not as frequencies.
+    The heads of the criteria are not calibrated: read them against each other, not as frequencies. Arguments as in
+    `RewardModel.forward`.
     """
-    logits = model(pixel_values=pixel_values, class_ids=class_ids).criteria_logits
-    return pixel_values.new_zeros(len(pixel_values), 0) if logits is None else torch.sigmoid(logits)
+    output = model(pixel_values=pixel_values, class_ids=class_ids)
+    criteria = [] if output.criteria_logits is None else [torch.sigmoid(output.criteria_logits)]
+    return torch.cat([output.rewards[:, None], *criteria], dim=1)
 
 
 def explain(model: RewardModel, images: Any, class_labels: str | Sequence[str], batch_size: int = 16) -> Explanation:
@@ -112,8 +114,8 @@ def explain(model: RewardModel, images: Any, class_labels: str | Sequence[str], 
         ]
     finally:
         model.train(training)
-    rewards, criteria, saliency, evidence = (torch.cat(part).float().cpu() for part in zip(*parts, strict=True))
-    return Explanation(rewards, tuple(model.config.criteria), criteria, saliency, evidence)
+    judged, saliency, evidence = (torch.cat(part).float().cpu() for part in zip(*parts, strict=True))
+    return Explanation(judged[:, 0], tuple(model.config.criteria), judged[:, 1:], saliency, evidence)
 
 
 def _explain_batch(model: RewardModel, pixel_values: Tensor, class_ids: Tensor) -> tuple[Tensor, ...]:
@@ -132,10 +134,8 @@ def _explain_batch(model: RewardModel, pixel_values: Tensor, class_ids: Tensor) 
         internal_batch_size=max(64, len(pixel_values)),
     )
     with torch.no_grad():
-        whole = log_odds(pixel_values, class_ids)
-        evidence = whole - log_odds(without_structure, class_ids)
-        criteria = criteria_rewards(model, pixel_values, class_ids)
-    return torch.sigmoid(whole), criteria, _smoothed(attributed.detach().sum(dim=1)), evidence
+        evidence = log_odds(pixel_values, class_ids) - log_odds(without_structure, class_ids)
+    return reward_parts(model, pixel_values, class_ids), _smoothed(attributed.detach().sum(dim=1)), evidence
 
 
 def _smoothed(maps: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def overlay(image: Any, saliency: Tensor, scale: float, size_px: int = OVERLAY_S
     drawn = Image.fromarray(saliency.numpy().astype(np.float32)).resize(shape, Image.Resampling.BICUBIC)
     strength = np.clip(np.asarray(drawn) / scale, -1, 1)
     colour = np.where((strength > 0)[..., None], RAISES, LOWERS).astype(np.float32)
-    opacity = 0.75 * np.abs(strength)[..., None]
+    opacity = 0.85 * np.abs(strength)[..., None]
     shown = ground * (1 - opacity) + colour * opacity
     rows, columns = np.indices(shape)
     for sign, visible in ((1, np.ones(shape, bool)), (-1, (rows + columns) // 4 % 2 == 0)):
