@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -14,6 +15,7 @@ from PIL import Image
 
 from pathalign.evaluate import figures, report
 from pathalign.evaluate.alignment import Verdicts
+from pathalign.evaluate.explained import Chosen, CloseLook, criterion_metrics, criterion_skill
 from pathalign.images import ImageSet
 from pathalign.schema import DISCLAIMER, RunRecord
 
@@ -70,6 +72,10 @@ def measured(share: float, reward: float | None) -> dict[str, Any]:
             for name in CLASSES
         },
         "per_criterion": {"nucleus": {"n": 8, "failed_share": 0.2, "failed_share_ci": [0.1, 0.3]}},
+        "per_criterion_reward": {
+            "nucleus": {"n": 8, "mean_reward": 0.6 * share, "mean_reward_ci": [0.5 * share, 0.7 * share]},
+            "granules": {"n": 8, "mean_reward": 0.9, "mean_reward_ci": [0.88, 0.92]},
+        },
     }
 
 
@@ -94,6 +100,7 @@ def example_metrics() -> dict[str, Any]:
         "worse": [
             {"name": "recall", "before": 0.8, "after": 0.7, "difference": -0.1, "interval": None, "notable": True},
         ],
+        "criterion_skill": {"nucleus": {"n": 40, "n_failed": 12, "roc_auc": 0.84}},
         "confidence": 0.95,
         "simulated": True,
     }
@@ -116,7 +123,21 @@ def example_exhibits() -> report.Exhibits:
         closest=[pair, {**pair, "row": 0, "near_copy": False}],
         calibration=[{"n": 10, "reward": 0.2, "plausible": 0.25}, {"n": 30, "reward": 0.8, "plausible": 0.7}],
         phantom=False,
+        close_look=example_close_look(),
     )
+
+
+def example_close_look() -> CloseLook:
+    """Rewards that rise with the row before and less so after: row 0 rose most, row 7 fell most."""
+    before, after = np.linspace(0.1, 0.9, 8), np.linspace(0.4, 0.6, 8)
+    chosen = Chosen.by_reward(before, after)
+    drawn = figures.png_bytes(torch.zeros(3, 16, 16, dtype=torch.uint8))
+    criteria = {
+        "before": np.stack([before, np.full(8, 0.95)], axis=1),
+        "after": np.stack([after, np.full(8, 0.951)], axis=1),
+    }
+    overlays = {name: dict.fromkeys(chosen.rows(name), drawn) for name in ("before", "after")}
+    return CloseLook(chosen, ("nucleus", "granules"), criteria, overlays)
 
 
 def render(folder: Path, metrics: dict[str, Any], exhibits: report.Exhibits) -> tuple[str, Outline]:
@@ -145,9 +166,13 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Outli
 def without(metrics: dict[str, Any], exhibits: report.Exhibits) -> tuple[dict[str, Any], report.Exhibits]:
     """The same evaluation without control, best of N, reward model and grader."""
     sets = {name: metrics["metrics"][name] for name in ("before", "after", "real")}
-    absent = dict.fromkeys(("mean_reward", "mean_reward_ci", "grader_share", "grader_share_ci", "grader_judge_kappa"))
+    absent: dict[str, Any] = dict.fromkeys(
+        ("mean_reward", "mean_reward_ci", "grader_share", "grader_share_ci", "grader_judge_kappa")
+    )
+    absent["per_criterion_reward"] = {}
     sets = {name: values | absent for name, values in sets.items()} | {"control": None, "best_of_n": None}
-    less = metrics | {"metrics": sets, "reward": {}, "gain_over_control": None, "gain_over_control_ci": None}
+    less = {name: value for name, value in metrics.items() if name != "criterion_skill"}
+    less |= {"metrics": sets, "reward": {}, "gain_over_control": None, "gain_over_control_ci": None}
     kept = {name: exhibits.sets[name] for name in ("before", "after", "real")}
     return less, report.Exhibits(kept, exhibits.verdicts, {}, exhibits.train, exhibits.closest, [], phantom=True)
 
@@ -168,7 +193,7 @@ def test_the_report_can_be_read_aloud(rendered):
     assert headings[0] == 1 and headings.count(1) == 1
     assert all(after - before <= 1 for before, after in pairwise(headings))
     tags = [tag for tag, _ in outline.tags]
-    assert tags.count("table") == tags.count("caption") == 5
+    assert tags.count("table") == tags.count("caption") == 7
     assert all(attrs.get("scope") in ("row", "col") for tag, attrs in outline.tags if tag == "th")
     assert dict(outline.tags[0][1])["lang"] == "en"
 
@@ -176,7 +201,7 @@ def test_the_report_can_be_read_aloud(rendered):
 def test_the_pictures_come_first_then_the_tables_then_the_method(rendered):
     *_, outline = rendered
     ids = [attrs["id"] for tag, attrs in outline.tags if tag == "h2"]
-    shown = ["pictures", "shares", "metrics", "terms", "worse", "classes", "extremes", "copies", "reward", "method"]
+    shown = ["pictures", "shares", "metrics", "terms", "worse", "classes", "looks", "copies", "reward", "method"]
     assert ids == shown
     links = [attrs["href"] for tag, attrs in outline.tags if tag == "a" and str(attrs["href"]).startswith("#")]
     assert links[: len(ids)] == [f"#{name}" for name in ids]
@@ -192,7 +217,7 @@ def test_every_figure_is_shown_with_its_interval_and_number_of_images(rendered):
         "roc_auc 0.910",
     ):
         assert expected in text
-    assert "not measured" not in text
+    assert text.count("not measured") == 2  # what the judge says of a criterion that only the reward model has
     assert "▼ clear" in text and "✗ near-copy" in text and "✓ no near-copy" in text and "fails nucleus" in text
     assert text.count(DISCLAIMER) == 2 and "phantom" not in text
 
@@ -250,11 +275,77 @@ def test_the_headline_says_when_there_is_no_gap_or_no_interval(metrics):
 def test_figures_are_also_files_and_drawn_at_twice_the_screens_resolution(rendered):
     folder, *_ = rendered
     names = {path.name for path in (folder / "figures").iterdir()}
-    charts = {"plausible_share", "per_class", "rewards", "calibration"}
+    charts = {"plausible_share", "per_class", "rewards", "calibration", "criteria"}
     sheets = {"samples_before.png", "samples_after.png", "closest_training_pairs.png"}
+    sheets |= {f"looks_{group}.png" for group in ("risen", "fallen", "lowest", "highest")}
     assert names == {f"{name}.{ending}" for name in charts for ending in ("png", "svg")} | sheets
     with Image.open(folder / "figures/rewards.png") as image:
         assert image.size == (1000, 640)
+
+
+def test_the_page_links_to_every_figure_that_is_a_file(rendered):
+    folder, _, outline = rendered
+    links = {str(attrs["href"]) for tag, attrs in outline.tags if tag == "a" and not str(attrs["href"]).startswith("#")}
+    assert links == {f"figures/{path.name}" for path in (folder / "figures").iterdir()}
+    targets = {f"#{attrs['id']}" for _, attrs in outline.tags if "id" in attrs}
+    assert {str(attrs["href"]) for tag, attrs in outline.tags if tag == "a"} - links <= targets
+
+
+def test_the_words_of_the_table_are_in_the_glossary_once_each(rendered):
+    *_, outline = rendered
+    ids = [attrs["id"] for _, attrs in outline.tags if str(attrs.get("id")).startswith("term-")]
+    assert len(set(ids)) == len(ids)
+    named = {"precision", "recall", "density", "coverage", "kid", "fid", "authenticity", "utility_accuracy"}
+    assert {f"term-{row.key}" for row in report.ROWS if row.key in named} <= set(ids) and len(named) == 8
+
+
+def test_the_plain_words_count_in_hundreds_and_say_when_chance_explains_the_change(metrics):
+    text = report.in_plain_words(metrics)
+    assert "Of 100 images of the base model the judge finds 50 plausible, of 100 of the aligned model 70" in text
+    assert "90. The rise is larger than chance explains." in text
+    assert "Chance alone could explain" in report.in_plain_words(metrics | {"plausible_gain_ci": [-0.01, 0.3]})
+    assert "The fall is larger" in report.in_plain_words(metrics | {"plausible_gain_ci": [-0.3, -0.1]})
+
+
+def test_the_images_that_are_looked_at_are_the_extremes_and_the_pairs_that_changed_most():
+    before, after = np.array([0.5, 0.9, 0.1, 0.4, 0.4]), np.array([0.6, 0.2, 0.7, 0.4, 0.3])
+    chosen = Chosen.by_reward(before, after)
+    assert chosen.lowest[:3] == [1, 4, 3] and chosen.highest[:3] == [2, 0, 3]
+    assert chosen.risen == [2, 0] and chosen.fallen == [1, 4]  # an unchanged pair is in neither
+    assert chosen.rows("before") == [0, 1, 2, 4] and chosen.rows("after") == [0, 1, 2, 3, 4]
+
+
+def test_the_criteria_are_shown_for_single_images_and_in_the_eyes_of_reward_model_and_judge(rendered):
+    *_, outline = rendered
+    text = " ".join(outline.text)
+    assert "nucleus 0.10 → 0.40" in text and "nucleus 0.90 → 0.60" in text
+    assert "granules 0.95 → 0.95" not in text  # nothing that can be seen has changed
+    assert "nucleus 0.300 0.250 to 0.350 n = 8 0.420 0.350 to 0.490 n = 8 80.0 % 70.0 to 90.0 n = 8" in text
+    assert "granules 0.900 0.880 to 0.920 n = 8 0.900 0.880 to 0.920 n = 8 not measured not measured" in text
+    assert "nucleus 0.840 12 40" in text
+
+
+def test_the_rewards_of_criteria_are_summed_up_with_intervals_and_checked_against_grades():
+    rewards = np.array([[0.1, 0.5], [0.3, 0.5], [0.8, 0.5], [0.9, 0.5]])
+    measured = criterion_metrics(("nucleus", "granules"), rewards, samples=200, confidence=0.95, seed=0)
+    assert measured["nucleus"]["mean_reward"] == pytest.approx(0.525) and measured["nucleus"]["n"] == 4
+    low, high = measured["nucleus"]["mean_reward_ci"]
+    assert 0.1 <= low < 0.525 < high <= 0.9
+    assert measured["granules"]["mean_reward_ci"] == pytest.approx([0.5, 0.5])
+    columns = {"failed_nucleus": [1.0, 0.0, 0.5, 0.0], "failed_granules": [0.0, 0.0, None, 0.0]}
+    graded = ImageSet.build(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4), ("a",), columns)
+    skill = criterion_skill(("nucleus", "granules"), rewards, graded)
+    assert skill["nucleus"] == {"n": 3, "n_failed": 1, "roc_auc": 1.0}  # a tie of the graders is left out
+    assert skill["granules"] == {"n": 3, "n_failed": 0, "roc_auc": None}
+
+
+def test_an_older_evaluation_without_rewards_of_criteria_is_still_a_page(tmp_path, metrics, exhibits):
+    del metrics["criterion_skill"]
+    for values in metrics["metrics"].values():
+        del values["per_criterion_reward"], values["utility_accuracy"]
+    _, outline = render(tmp_path, metrics, dataclasses.replace(exhibits, close_look=CloseLook()))
+    text = " ".join(outline.text)
+    assert "Rewards: not measured." in text and "in the eyes of" not in text
 
 
 def test_the_training_image_of_a_pair_is_turned_as_it_was_found(exhibits):
@@ -280,7 +371,7 @@ def test_the_checks_of_the_training_are_plotted_and_tabled(tmp_path, metrics, ex
     assert "ended after epoch 4. The adapter is that of epoch 2." in text
     assert (tmp_path / "figures/checks.png").is_file() and (tmp_path / "figures/checks.svg").is_file()
     assert outline.text[0] == "Alignment report: before and after"  # the alarm is the judge's, on all images
-    assert [tag for tag, _ in outline.tags].count("table") == 6
+    assert [tag for tag, _ in outline.tags].count("table") == 8
 
 
 def test_a_training_that_nothing_guarded_is_said_to_be_that(tmp_path, metrics, exhibits):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from accelerate import PartialState
 from torch import nn
 
 from pathalign.artefacts import artefact, write_atomically
-from pathalign.evaluate import alignment, fidelity, report, utility
+from pathalign.evaluate import alignment, explained, fidelity, report, utility
 from pathalign.evaluate.report import Exhibits, summary_table
 from pathalign.evaluate.subjects import GENERATED, Subjects, load_subjects
 from pathalign.grading.simulated import SimulatedGrader
@@ -24,6 +25,7 @@ from pathalign.progress import say
 from pathalign.remote import parse
 from pathalign.reward import RewardModel, load_reward_model
 from pathalign.reward.encoders import load_encoder
+from pathalign.reward.explanation import require_captum, reward_parts
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.evaluate import EvaluateConfig
 
@@ -50,6 +52,7 @@ class Answers:
     judge: alignment.Verdicts
     grader: alignment.Verdicts | None
     rewards: np.ndarray | None
+    criteria: np.ndarray | None  # rewards of the reward model's criteria, (n, criteria)
 
 
 def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
@@ -72,7 +75,11 @@ def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
     with artefact(output_dir) as folder:
         answers = {name: consult(panel, images) for name, images in subjects.judged().items()}
         measured, closest = measure_images(config, subjects, panel, folder / "checkpoints")
-        metrics = assemble(config, subjects, answers, measured, training)
+        metrics = assemble(config, subjects, panel, answers, measured, training)
+        graded = _rewards(panel, subjects.feedback) if panel.reward_model and subjects.feedback else None
+        if panel.reward_model and subjects.feedback and graded is not None:
+            names = tuple(panel.reward_model.config.criteria)
+            metrics["criterion_skill"] = explained.criterion_skill(names, graded[:, 1:], subjects.feedback)
         record = RunRecord(
             stage="evaluate",
             config=asdict(config),
@@ -87,8 +94,9 @@ def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
             rewards={name: answer.rewards for name, answer in answers.items() if answer.rewards is not None},
             train=subjects.train,
             closest=closest,
-            calibration=calibration(panel, subjects.feedback),
+            calibration=calibration(graded, subjects.feedback),
             phantom=subjects.phantom,
+            close_look=close_look(panel, subjects, answers),
         )
         report.write(folder, metrics, exhibits, record)
         record.wall_s = time.monotonic() - started
@@ -100,6 +108,8 @@ def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
 def load_panel(config: EvaluateConfig) -> Panel:
     """Load the judge and, where they are given, the grader and the reward model, onto the machine's device."""
     device, encoder = PartialState().device, parse(config.encoder)
+    if config.reward_model:
+        require_captum()
     model = load_reward_model(config.reward_model).to(device).eval() if config.reward_model else None
     return Panel(
         judge=SimulatedGrader.load(config.judge).to(device),
@@ -112,24 +122,37 @@ def load_panel(config: EvaluateConfig) -> Panel:
 
 def consult(panel: Panel, images: ImageSet) -> Answers:
     """Ask judge, grader and reward model about every image of a set."""
+    rewards = _rewards(panel, images) if panel.reward_model else None
     return Answers(
         judge=alignment.ask(panel.judge, images),
         grader=alignment.ask(panel.grader, images) if panel.grader else None,
-        rewards=_rewards(panel, images) if panel.reward_model else None,
+        rewards=None if rewards is None else rewards[:, 0],
+        criteria=None if rewards is None else rewards[:, 1:],
     )
 
 
 def _rewards(panel: Panel, images: ImageSet) -> np.ndarray:
+    """Rewards in column 0, those of the criteria after it."""
     assert panel.reward_model is not None
     model = panel.reward_model
-    return alignment.rewards_of(model.rewards, model.config.class_names, images, panel.device)
+    parts = partial(reward_parts, model)
+    return alignment.rewards_of(parts, model.config.class_names, images, panel.device)
 
 
-def calibration(panel: Panel, feedback: ImageSet | None) -> list[dict[str, float]]:
-    """Calibration bins of the reward model on held-out feedback; empty if there is none."""
-    if feedback is None:
+def calibration(graded: np.ndarray | None, feedback: ImageSet | None) -> list[dict[str, float]]:
+    """Calibration bins of the rewards of held-out feedback, column 0 of `graded`; empty if there is none."""
+    if feedback is None or graded is None:
         return []
-    return alignment.reliability(_rewards(panel, feedback), np.asarray(feedback.columns["plausible"], dtype=float))
+    return alignment.reliability(graded[:, 0], np.asarray(feedback.columns["plausible"], dtype=float))
+
+
+def close_look(panel: Panel, subjects: Subjects, answers: dict[str, Answers]) -> explained.CloseLook:
+    """Images that say most about the reward model, explained; empty without one."""
+    if panel.reward_model is None:
+        return explained.CloseLook()
+    rewards = {name: answer.rewards for name, answer in answers.items() if answer.rewards is not None}
+    criteria = {name: answer.criteria for name, answer in answers.items() if answer.criteria is not None}
+    return explained.look_closely(panel.reward_model, subjects.generated, rewards, criteria)
 
 
 def measure_images(
@@ -181,6 +204,7 @@ def _distances(config: EvaluateConfig, reference: np.ndarray, compared: np.ndarr
 def assemble(
     config: EvaluateConfig,
     subjects: Subjects,
+    panel: Panel,
     answers: dict[str, Answers],
     measured: dict[str, dict[str, Any]],
     training: dict[str, Any] | None,
@@ -193,6 +217,7 @@ def assemble(
             **alignment.judged_metrics(answer.judge, images, config.confidence),
             **measured[name],
             **_reward_metrics(config, answer),
+            "per_criterion_reward": _criterion_metrics(config, panel, answer),
             **_grader_metrics(config, answer),
         }
     metrics = {
@@ -214,6 +239,13 @@ def _reward_metrics(config: EvaluateConfig, answer: Answers) -> dict[str, Any]:
     draws = alignment.resampled_means([answer.rewards], config.bootstrap_samples, np.random.default_rng(config.seed))[0]
     interval = alignment.percentile_interval(draws, config.confidence)
     return {"mean_reward": float(answer.rewards.mean()), "mean_reward_ci": interval}
+
+
+def _criterion_metrics(config: EvaluateConfig, panel: Panel, answer: Answers) -> dict[str, Any]:
+    if panel.reward_model is None or answer.criteria is None:
+        return {}
+    names = tuple(panel.reward_model.config.criteria)
+    return explained.criterion_metrics(names, answer.criteria, config.bootstrap_samples, config.confidence, config.seed)
 
 
 def _grader_metrics(config: EvaluateConfig, answer: Answers) -> dict[str, Any]:

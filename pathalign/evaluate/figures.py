@@ -113,6 +113,20 @@ def _percent_axis(axes: Axes, rows: int) -> None:
     axes.grid(axis="x", alpha=0.25)
 
 
+def criterion_rewards(axes: Axes, sets: dict[str, Any]) -> None:
+    """Mean reward of each criterion, before and after, with intervals."""
+    names = list(sets["before"]["per_criterion_reward"])
+    for name, shift in (("before", -0.15), ("after", 0.15)):
+        for row, criterion in enumerate(names):
+            entry = sets[name]["per_criterion_reward"][criterion]
+            legend = SET_TITLES[name] if row == 0 else None
+            _point(axes, row + shift, entry["mean_reward"], entry["mean_reward_ci"], name, legend)
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    _percent_axis(axes, len(names))
+    axes.set_xlabel("mean reward of the criterion (%)")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+
+
 def reward_histogram(axes: Axes, rewards: dict[str, np.ndarray]) -> None:
     """Distribution of rewards before and after."""
     bins = np.linspace(0, 1, 21).tolist()
@@ -172,3 +186,14 @@ def png_bytes(image: Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="png")
     return buffer.getvalue()
+
+
+def save_overlays(path: Path, shown: list[tuple[Tensor, bytes]], columns: int = 3) -> None:
+    """Write images of shape `(3, height, width)`, uint8, each with the PNG of its map to its right, as one PNG."""
+    tiles = []
+    for image, overlay in shown:
+        with Image.open(io.BytesIO(overlay)) as drawn:
+            enlarged = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(drawn.size, Image.Resampling.LANCZOS)
+            pair = [torch.from_numpy(np.array(half.convert("RGB"))).permute(2, 0, 1) for half in (enlarged, drawn)]
+        tiles.append(torch.cat(pair, dim=2))
+    contact_sheet(torch.stack(tiles), columns, scale=1, gap_px=8).save(path)

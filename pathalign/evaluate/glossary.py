@@ -1,4 +1,7 @@
-"""What the words of a page mean, each in one plain sentence, for readers who do not measure images for a living."""
+"""What the words of a page mean, each in one plain sentence, for readers who do not measure images for a living.
+
+Entries of metrics are keyed like the rows of the metric table, whose titles link to them.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Container
 
 from pathalign.evaluate.page import Term
 
-TERMS = (  # keyed like the rows of the metric table, where there is one
+TERMS = (
     Term("plausible_share", "Plausible share", "Of 100 images, how many the judge takes for what they should show."),
     Term("judge", "Judge", "A network that only measures; the generator and the reward model never learnt from it."),
     Term("grader", "Grader", "Who said of each image whether it is plausible; the reward model learnt from that."),
@@ -20,7 +23,7 @@ TERMS = (  # keyed like the rows of the metric table, where there is one
     Term(
         "saliency",
         "Where it looks",
-        "A map of the image: which places raised the reward, which lowered it, against a blurred copy.",
+        "A map of the image: which places raised the reward and which lowered it, against a plain image of its colour.",
     ),
     Term("precision", "Precision", "Share of generated images that look like some real image: are they realistic?"),
     Term("recall", "Recall", "Share of real images that the generator could have made: is anything missing?"),
@@ -34,9 +37,26 @@ TERMS = (  # keyed like the rows of the metric table, where there is one
     Term("beta_recall", "Beta-recall", "How much of the variety of real images the typical generated ones span."),
     Term("kid", "KID", "Distance between the generated and the real images as two crowds; 0 is the same crowd."),
     Term("fid", "FID", "An older distance between the two crowds; it is too high where there are few images."),
-    Term("authenticity", "Authenticity", "Share of images that are no near-copies of what the generator learnt from."),
+    Term(
+        "authenticity",
+        "Authenticity",
+        "Share of images that are made anew rather than copied from what the generator learnt from.",
+    ),
     Term(
         "utility_accuracy", "Usefulness", "How often a classifier that saw only generated images is right on real ones."
+    ),
+    Term(
+        "no_near_copy", "No near-copy", "Share of images that do not all but repeat one that the generator learnt from."
+    ),
+    Term(
+        "nearer_to_train",
+        "Nearer to training",
+        "Share of images closer to one learnt from than to one never seen; 50 % is chance.",
+    ),
+    Term(
+        "augment_accuracy",
+        "Usefulness, added",
+        "The same when the real training images are added to the generated ones.",
     ),
     Term("interval", "Interval", "The range that chance alone leaves open; narrow with many images, wide with few."),
     Term("seed", "Seed", "The number that fixes the noise an image starts from: same seed, same start."),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from pathalign.augment import orient
 from pathalign.evaluate import figures, tables
 from pathalign.evaluate.alignment import Verdicts
+from pathalign.evaluate.explained import CloseLook
 from pathalign.evaluate.fidelity import rows_of_class
 from pathalign.evaluate.figures import SET_TITLES
 from pathalign.evaluate.glossary import term_of, terms
@@ -32,9 +33,10 @@ from pathalign.images import ImageSet
 from pathalign.schema import DISCLAIMER, RunRecord
 
 PAIRS_PER_CLASS = 6
-EXTREME_SAMPLES = 8
+CRITERIA_SHOWN = 5  # of an image
+VISIBLE_CHANGE = 0.005  # of a reward of a criterion, shown with two digits
 TEMPLATE = "report.html.jinja"
-GENERAL_TERMS = {"judge", "grader", "interval", "seed", "control", "best_of_n"}
+GENERAL_TERMS = {"judge", "grader", "interval", "seed", "control", "best_of_n", "criterion_reward", "saliency"}
 SECTIONS = (  # id and heading
     ("pictures", "Before and after, same seeds"),
     ("shares", "Plausible share"),
@@ -42,7 +44,7 @@ SECTIONS = (  # id and heading
     ("terms", "What the words mean"),
     ("worse", "What got worse"),
     ("classes", "By class and by criterion"),
-    ("extremes", "Worst and best samples by reward"),
+    ("looks", "What the reward model sees, and where"),
     ("copies", "Closest to a training image"),
     ("reward", "Reward model"),
     ("method", "Method and limits"),
@@ -61,6 +63,7 @@ class Exhibits:
         closest: Closest pairs of `after` and training images, see `fidelity.NearestTraining.closest`.
         calibration: Bins of `alignment.reliability`; empty without feedback.
         phantom: Whether the "real" images are drawn.
+        close_look: Images by reward, with the rewards of their criteria and where the reward model looks.
     """
 
     sets: dict[str, ImageSet]
@@ -70,6 +73,7 @@ class Exhibits:
     closest: list[dict[str, Any]]
     calibration: list[dict[str, float]]
     phantom: bool
+    close_look: CloseLook = field(default_factory=CloseLook)
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,11 @@ def write(folder: Path, metrics: dict[str, Any], exhibits: Exhibits, record: Run
         checks=tables.checks(training) if training else None,
         terms=terms({row.key for row in ROWS} | GENERAL_TERMS),
         class_rows=class_rows(exhibits),
+        eyes=tables.eyes(metrics),
+        skill=tables.skill(metrics),
         extremes=extremes(exhibits),
+        changed=changed_pairs(exhibits),
+        criteria_shown=CRITERIA_SHOWN,
         closest=closest_pairs(exhibits),
         charts=draw_charts(folder / "figures", metrics, exhibits),
         calibration=exhibits.calibration,
@@ -253,17 +261,37 @@ def draw_charts(folder: Path, metrics: dict[str, Any], exhibits: Exhibits) -> di
         charts["calibration"] = figures.draw(
             folder / "calibration", lambda axes: figures.calibration_plot(axes, exhibits.calibration)
         )
+    if sets["after"].get("per_criterion_reward"):
+        charts["criteria"] = figures.draw(folder / "criteria", lambda axes: figures.criterion_rewards(axes, sets))
     if training := metrics.get("training"):
         charts["checks"] = figures.draw(folder / "checks", lambda axes: figures.check_curves(axes, training))
     for name in ("before", "after"):
         sheet = exhibits.sets[name].first_per_class(2 * PAIRS_PER_CLASS).images
         figures.save_sheet(folder / f"samples_{name}.png", sheet, 2 * PAIRS_PER_CLASS)
+    save_close_look(folder, exhibits)
     pairs = exhibits.closest
     generated = exhibits.sets["after"].images[[pair["row"] for pair in pairs]]
     figures.save_sheet(
         folder / "closest_training_pairs.png", figures.side_by_side(generated, nearest_training(exhibits)), 2
     )
     return charts
+
+
+def save_close_look(folder: Path, exhibits: Exhibits) -> None:
+    """Write each group of images that are looked at closely as a sheet: image, map, image, map, ..."""
+    look = exhibits.close_look
+    if look.chosen is None:
+        return
+    groups = {
+        "lowest": [("after", row) for row in look.chosen.lowest],
+        "highest": [("after", row) for row in look.chosen.highest],
+        "risen": [(name, row) for row in look.chosen.risen for name in ("before", "after")],
+        "fallen": [(name, row) for row in look.chosen.fallen for name in ("before", "after")],
+    }
+    for group, shown in groups.items():
+        if shown:
+            tiles = [(exhibits.sets[name].images[row], look.overlays[name][row]) for name, row in shown]
+            figures.save_overlays(folder / f"looks_{group}.png", tiles)
 
 
 def tile(exhibits: Exhibits, name: str, row: int) -> dict[str, Any]:
@@ -297,15 +325,46 @@ def class_rows(exhibits: Exhibits) -> list[dict[str, Any]]:
     ]
 
 
+def close_tile(exhibits: Exhibits, name: str, row: int) -> dict[str, Any]:
+    """A tile with where the reward model looks, and its rewards of all criteria, the lowest first."""
+    look = exhibits.close_look
+    rewards = look.criteria_rewards[name][row]
+    criteria = sorted(zip(look.criteria, rewards.tolist(), strict=True), key=lambda pair: pair[1])
+    return tile(exhibits, name, row) | {"overlay": look.overlays[name][row], "criteria": criteria}
+
+
 def extremes(exhibits: Exhibits) -> dict[str, list[dict[str, Any]]]:
     """Aligned samples of the lowest and the highest reward; empty without a reward model."""
-    if "after" not in exhibits.rewards:
+    chosen = exhibits.close_look.chosen
+    if chosen is None:
         return {}
-    order = np.argsort(exhibits.rewards["after"], kind="stable")
     return {
-        "lowest": [tile(exhibits, "after", int(row)) for row in order[:EXTREME_SAMPLES]],
-        "highest": [tile(exhibits, "after", int(row)) for row in order[::-1][:EXTREME_SAMPLES]],
+        name: [close_tile(exhibits, "after", row) for row in rows]
+        for name, rows in (("lowest", chosen.lowest), ("highest", chosen.highest))
     }
+
+
+def changed_pairs(exhibits: Exhibits) -> dict[str, list[dict[str, Any]]]:
+    """Pairs of the same seed whose reward rose and fell most, and their criteria, those that changed most first."""
+    look = exhibits.close_look
+    if look.chosen is None:
+        return {}
+
+    def pair(row: int) -> dict[str, Any]:
+        before, after = (look.criteria_rewards[name][row].tolist() for name in ("before", "after"))
+        moved = [entry for entry in zip(look.criteria, before, after, strict=True) if _change(entry) >= VISIBLE_CHANGE]
+        changes = sorted(moved, key=_change, reverse=True)
+        tiles = {name: close_tile(exhibits, name, row) for name in ("before", "after")}
+        return tiles | {"changes": changes[:CRITERIA_SHOWN]}
+
+    return {
+        name: [pair(row) for row in rows]
+        for name, rows in (("risen", look.chosen.risen), ("fallen", look.chosen.fallen))
+    }
+
+
+def _change(entry: tuple[str, float, float]) -> float:
+    return abs(entry[2] - entry[1])
 
 
 def nearest_training(exhibits: Exhibits) -> Tensor:

@@ -50,6 +50,61 @@ def criteria(metrics: dict[str, Any]) -> Table:
     )
 
 
+def eyes(metrics: dict[str, Any]) -> Table | None:
+    """Each criterion in the eyes of the reward model and of the judge, before and after; None without its rewards."""
+    before, after = (metrics["metrics"][name] for name in ("before", "after"))
+    if not before.get("per_criterion_reward"):
+        return None
+    names = list(dict.fromkeys([*before["per_criterion_reward"], *before["per_criterion"]]))
+    rows = [
+        TableRow(
+            name.replace("_", " "),
+            [
+                *(
+                    measured_cell(values["per_criterion_reward"].get(name), "mean_reward", "mean_reward_ci")
+                    for values in (before, after)
+                ),
+                *(_met(values["per_criterion"].get(name)) for values in (before, after)),
+            ],
+            term="criterion_reward",
+        )
+        for name in names
+    ]
+    caption = (
+        f"Mean reward of each criterion, and the share that meets it by the judge (both: higher is better), with "
+        f"{percent(metrics['confidence'], 0)} intervals. A criterion that only one of them has is not measured by the "
+        "other."
+    )
+    return Table(caption, ("Criterion", "Reward before", "Reward after", "Judge before", "Judge after"), rows)
+
+
+def _met(entry: dict[str, Any] | None) -> Cell:
+    """The share that meets a criterion, from the share that fails it."""
+    if entry is None:
+        return measured_cell(None, "met")
+    low, high = entry["failed_share_ci"]
+    met = {"met": 1 - entry["failed_share"], "interval": [1 - high, 1 - low], "n": entry["n"]}
+    return measured_cell(met, "met", "interval", share=True)
+
+
+def skill(metrics: dict[str, Any]) -> Table | None:
+    """How well the rewards of the criteria tell right from wrong on held-out grades; None if that was not measured."""
+    measured = metrics.get("criterion_skill")
+    if not measured:
+        return None
+    rows = [
+        TableRow(
+            name.replace("_", " "), [measured_cell(entry, key, count=None) for key in ("roc_auc", "n_failed", "n")]
+        )
+        for name, entry in measured.items()
+    ]
+    caption = (
+        "The rewards of the criteria on held-out grades. ROC AUC: of an image that met the criterion and one that "
+        "failed it, how often the first has the higher reward; 0.5 is a coin, 1 always."
+    )
+    return Table(caption, ("Criterion", "ROC AUC", "Failed", "Graded"), rows)
+
+
 def _grouped(metrics: dict[str, Any], group: str, key: str, heading: str, text: str, better: str = "higher") -> Table:
     sets = metrics["metrics"]
     rows = [

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from pathalign.reward.configuration_reward import RewardModelConfig
 from pathalign.reward.encoders import load_encoder
+from pathalign.reward.explanation import Explanation, explain
 from pathalign.reward.image_processing_reward import RewardImageProcessor
 from pathalign.reward.loading import load_reward_model
 from pathalign.reward.modeling_reward import RewardModel, RewardModelOutput
@@ -22,10 +23,12 @@ RewardModel.register_for_auto_class("AutoModel")
 RewardImageProcessor.register_for_auto_class()
 
 __all__ = [
+    "Explanation",
     "RewardImageProcessor",
     "RewardModel",
     "RewardModelConfig",
     "RewardModelOutput",
+    "explain",
     "load_encoder",
     "load_reward_model",
 ]
