@@ -288,6 +288,43 @@ def test_the_stage_measures_all_sets_and_writes_what_it_returns(inputs, panel, t
     assert record.inputs.keys() == {"data", "before", "after", "control", "judge"}
 
 
+def test_gains_are_differences_of_the_figures_with_intervals_over_the_same_seeds_and_real_images(
+    inputs, panel, tmp_path
+):
+    metrics = stage.evaluate(config(inputs, neighbours=3), tmp_path / "out").metrics
+    before, after, control, real = (metrics["metrics"][name] for name in ("before", "after", "control", "real"))
+    for key in ("precision", "recall", "density", "coverage", "no_near_copy", "authenticity", "utility_accuracy"):
+        for gains, other in (("gains", before), ("gains_over_control", control)):
+            found = metrics[gains][key]
+            assert found["gain"] == pytest.approx(after[key] - other[key]), key
+            assert found["ci"][0] <= found["gain"] <= found["ci"][1]
+    recalls = [metrics["gains"][f"utility_recall of {label}"]["gain"] for label in CLASSES]
+    assert np.mean(recalls) == pytest.approx(metrics["gains"]["utility_accuracy"]["gain"])  # equal classes
+    assert real["augment_gain"] == 0 and real["n_augment"] == 40 and after["n_augment"] == 40 + 30
+    assert real["n_memorization"] == 30 and after["n_memorization"] == 30  # 15 held out of 30 in each class
+    worse = {row["name"]: row for row in metrics["worse"]}
+    if metrics["gains"]["recall"]["gain"] < 0:
+        assert worse["recall"]["interval"] == metrics["gains"]["recall"]["ci"]
+
+
+def test_figures_of_a_class_are_those_of_its_images_alone_and_none_if_these_are_few(inputs, panel, tmp_path):
+    few = stage.evaluate(config(inputs), tmp_path / "few").metrics["metrics"]["after"]["per_class"]["a"]
+    assert few["n_fidelity"] == 15 and few["precision"] is few["kid_unbiased"] is None
+    assert 0 <= few["utility_recall"] <= 1 and few["n_utility_recall"] == 30
+    metrics = stage.evaluate(config(inputs, neighbours=3), tmp_path / "out").metrics
+    subjects = load_subjects(config(inputs))
+    rows = fidelity.match_rows(subjects.generated, subjects.test, 3, seed=0)
+
+    def features(images: ImageSet, chosen: np.ndarray) -> np.ndarray:
+        own = images.select(chosen)
+        return PooledPixels()(own.pixel_values()[own.class_ids == 0]).numpy()
+
+    after = features(subjects.generated["after"], rows.generated["after"])
+    expected = brute_force_prdc(features(subjects.test, rows.reference), after, 3)
+    found = metrics["metrics"]["after"]["per_class"]["a"]
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+
+
 def test_the_same_call_gives_the_same_numbers(inputs, panel, tmp_path):
     first, second = (stage.evaluate(config(inputs), tmp_path / name).metrics for name in ("one", "two"))
     assert first == second

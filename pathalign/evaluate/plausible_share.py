@@ -16,7 +16,7 @@ from pathalign.schema import InputError
 CONFIDENCE, BOOTSTRAP_SAMPLES = 0.95, 2000
 
 
-class PlausibleShare(evaluate.Metric):  # type: ignore[misc]
+class PlausibleShare(evaluate.Metric):
     """Share of images that a judge finds plausible, and what changed against images of the same seeds."""
 
     def _info(self) -> Any:

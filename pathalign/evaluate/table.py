@@ -45,7 +45,7 @@ class Rows:
         return self.features[self.labels == label]
 
 
-class FeatureMetric(evaluate.Metric):  # type: ignore[misc]
+class FeatureMetric(evaluate.Metric):
     """A metric on features of images from several sources: columns `features`, `source` and `class_label`.
 
     A subclass names its sources, describes itself, and measures; made directly, none of them needs a network.
