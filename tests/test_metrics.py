@@ -31,7 +31,7 @@ def normal(seed: int, count: int, dimensions: int, mean: float = 0, std: float =
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows, so that small arrays fill several of them."""
-    for name in ("QUERY_BLOCK", "POINT_BLOCK"):
+    for name in ("QUERY_BLOCK", "POINT_BLOCK", "TILE_ROWS", "TILE_COLUMNS"):
         monkeypatch.setattr(neighbours, name, 17)
     for name in ("KERNEL_BLOCK", "MOMENTS_BLOCK"):
         monkeypatch.setattr(fidelity, name, 17)
@@ -241,6 +241,7 @@ def test_a_metric_that_is_fed_in_batches_and_rows_says_what_it_says_of_the_whole
     for features_, source, label in zip(*given.values(), strict=True):
         single.add(features=features_, source=source, class_label=label)
     assert single.compute() == whole
+    assert make(keep_in_memory=True, cache_dir=str(tmp_path)).compute(**given) == whole
     assert set(whole["per_class"]) == {"a", "b"} or name == "FrechetDistance"
     assert metric.description and metric.citation and "source (list" in metric.inputs_description
     assert not list(tmp_path.rglob("*.f32")) and not list(tmp_path.rglob("*.arrow"))

@@ -74,8 +74,9 @@ def supports(real: np.ndarray, generated: np.ndarray, neighbours: int, levels: i
 def authentic(train: np.ndarray, generated: np.ndarray) -> np.ndarray:
     """Whether each generated image is farther from its nearest training image than that is from the next one.
 
-    Of images drawn like the training images almost half are: with many of them (1 - o) / (2 - o), where o is the part
-    that two balls share which reach to each other's centre, 1/2 in one dimension and towards 0 in many. Of copies none.
+    Of copies none is. Of images drawn like the training images, many and evenly spread, (1 - o) / (2 - o) are, almost
+    half: o is the part that two balls share which reach to each other's centre, 1/2 in one dimension and towards 0 in
+    many. Where density varies it is more, since the nearest training image then tends to have near neighbours itself.
 
     Args:
         train: Features of the training images, shape `(n, d)`, n > 1.

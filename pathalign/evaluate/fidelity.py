@@ -17,7 +17,7 @@ from pathalign.images import ImageSet
 from pathalign.schema import InputError
 
 MAX_PCA_COMPONENTS = 64
-KERNEL_BLOCK = 2048
+KERNEL_BLOCK = 512  # small enough for a processor's cache
 WHOLE_KERNEL_ROWS = 2048  # up to here the subsets share kernel matrices that are made once
 MOMENTS_BLOCK = 4096
 
@@ -158,7 +158,9 @@ def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     product = x @ y.T
     product /= x.shape[1]
     product += 1
-    return product * product * product
+    cube = product * product
+    cube *= product
+    return cube
 
 
 def unbiased_mmd2(k_xx: np.ndarray, k_yy: np.ndarray, k_xy: np.ndarray) -> float:

@@ -67,7 +67,7 @@ class AuditMetrics(FeatureMetric):
         "Alpha-precision: how evenly generated images fill the balls around the centre that hold a share alpha of the "
         "real ones. Beta-recall: how evenly real images find generated ones, from the most central ones on, no farther "
         "than their k-th real neighbour. Authenticity: share of generated images farther from their nearest training "
-        "image than that is from the next one; almost half for images drawn like the training images, none for copies. "
+        "image than that is from the next one; none of copies; compare it with real images that were not trained on. "
         "Works on the features as given, with the mean as centre: the paper's one-class embedding is left out."
     )
     CITATION = "Alaa et al. 2022, arXiv:2102.08921"

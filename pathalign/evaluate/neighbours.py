@@ -15,6 +15,7 @@ import numpy as np
 
 QUERY_BLOCK = 1024
 POINT_BLOCK = 8192
+TILE_ROWS, TILE_COLUMNS = 512, 2048  # a tile of distances fits a processor's cache
 SPARE_CANDIDATES = 8
 EXACT_BYTES = 2**26  # of float64 differences at once
 FLOAT32_STEP = 2.0**-24
@@ -128,9 +129,9 @@ def tiles(
         second_radii: Shape `(m,)`.
     """
     centre = mean_of(first)
-    for columns in blocks(len(second), POINT_BLOCK):
+    for columns in blocks(len(second), TILE_COLUMNS):
         right = _centred(second[columns], centre)
-        for rows in blocks(len(first), QUERY_BLOCK):
+        for rows in blocks(len(first), TILE_ROWS):
             left = _centred(first[rows], centre)
             squares = faiss.pairwise_distances(left, right)
             ours, theirs = first[rows], second[columns]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,34 +124,43 @@ class FeatureMetric(evaluate.Metric):
     def _compute(self, *, features: Any, source: Any, class_label: Any, **options: Any) -> dict[str, Any]:
         # Beside the file of the rows, not in the system's folder for temporary files, which may lie in memory.
         with TemporaryDirectory(dir=self.data_dir) as folder:
-            return self.measure(self._rows(features, source, class_label, Path(folder)), **options)
+            columns = {"features": features, "source": source, "class_label": class_label}
+            return self.measure(self._rows(columns, Path(folder)), **options)
 
     def measure(self, rows: dict[str, Rows], **options: Any) -> dict[str, Any]:
         """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         raise NotImplementedError
 
-    def _rows(self, features: Any, source: Any, class_label: Any, folder: Path) -> dict[str, Rows]:
-        names = np.asarray(source.to_pylist(), dtype=object)
-        labels = np.asarray(class_label.to_pylist(), dtype=object)
+    def _batches(self, columns: dict[str, Any]) -> Iterator[Any]:
+        """Record batches of all rows; the file is read and not mapped, so that its pages do not count as memory."""
+        if self.file_paths is None:  # `keep_in_memory`
+            yield from pa.table(columns).to_batches()
+        for path in self.file_paths or ():
+            with pa.OSFile(path) as file, pa.ipc.open_stream(file) as reader:
+                yield from reader
+
+    def _rows(self, columns: dict[str, Any], folder: Path) -> dict[str, Rows]:
+        names = np.asarray(columns["source"].to_pylist(), dtype=object)
         counts = {name: int((names == name).sum()) for name in self.SOURCES}
         if missing := [name for name, count in counts.items() if not count]:
             raise InputError(f"There are no rows with the source {missing[0]!r}; {self.name} needs {self.SOURCES}.")
-        widths = {width for chunk in features.chunks for width in np.unique(np.diff(chunk.offsets.to_numpy()))}
-        if len(widths) > 1:
-            raise InputError(f"`features` has rows of the lengths {sorted(map(int, widths))}; use one encoder for all.")
-        shape = int(widths.pop())
-        stores = {
-            name: np.memmap(folder / f"{name}.f32", np.float32, "w+", shape=(count, shape))
-            for name, count in counts.items()
-        }
-        done, first = dict.fromkeys(counts, 0), 0
-        for chunk in features.chunks:
-            block = chunk.flatten().to_numpy().reshape(-1, shape)
-            for name, store in stores.items():
+        stores: dict[str, np.ndarray] = {}
+        done, width, first = dict.fromkeys(counts, 0), None, 0
+        for batch in self._batches(columns):
+            lists = batch.column("features")
+            widths = {*np.unique(np.diff(lists.offsets.to_numpy())).tolist(), *([width] if width else [])}
+            if len(widths) > 1:
+                raise InputError(f"`features` has rows of the lengths {sorted(widths)}; use one encoder for all.")
+            width = widths.pop()
+            block = lists.flatten().to_numpy().reshape(-1, width)
+            for name, count in counts.items():
+                if name not in stores:
+                    stores[name] = np.memmap(folder / f"{name}.f32", np.float32, "w+", shape=(count, width))
                 own = block[names[first : first + len(block)] == name]
-                store[done[name] : done[name] + len(own)] = own
+                stores[name][done[name] : done[name] + len(own)] = own
                 done[name] += len(own)
             first += len(block)
+        labels = np.asarray(columns["class_label"].to_pylist(), dtype=object)
         rows = {}
         for name, store in stores.items():
             own = labels[names == name]
