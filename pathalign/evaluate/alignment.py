@@ -198,7 +198,7 @@ def reliability(rewards: np.ndarray, plausible: np.ndarray, bins: int = 10) -> l
     ]
 
 
-HIGHER_IS_BETTER = {
+HIGHER_IS_BETTER = {  # authenticity is not among them: it falls as images come to lie among real ones
     "plausible_share": "plausible share",
     "grader_share": "grader's plausible share",
     "grader_judge_kappa": "agreement of grader and judge (kappa)",
@@ -210,7 +210,6 @@ HIGHER_IS_BETTER = {
     "alpha_precision": "alpha-precision",
     "beta_recall": "beta-recall",
     "no_near_copy": "share without near-copies",
-    "authenticity": "authenticity",
     "utility_accuracy": "usefulness",
     "augment_accuracy": "usefulness beside real images",
 }
@@ -222,7 +221,7 @@ def title_of(name: str) -> str:
     """What readers call a figure of `Quality.outcomes`, as in the table of what got worse."""
     key, of, label = name.partition(" of ")
     titles = {**HIGHER_IS_BETTER, **LOWER_IS_BETTER, "utility_recall": "usefulness"}
-    return titles[key] + of + label
+    return titles.get(key, key) + of + label
 
 
 def what_got_worse(

@@ -189,6 +189,9 @@ def _measure_usefulness(config: EvaluateConfig, subjects: Subjects, compared: _C
         quality.outcomes[name] |= {"utility_accuracy": correct, "augment_accuracy": augmented}
         for class_id, label in enumerate(images.class_names):
             own = correct[test[1] == class_id]
+            if not len(own):
+                quality.per_class[name][label] |= {"utility_recall": None, "n_utility_recall": 0}
+                continue
             quality.per_class[name][label] |= {
                 **alignment.share(own, config.confidence, "utility_recall"),
                 "n_utility_recall": len(own),

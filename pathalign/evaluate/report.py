@@ -36,7 +36,7 @@ class Exhibits:
         verdicts: The judge's verdicts on each set.
         rewards: Rewards of each set, shape `(n,)`; empty without a reward model.
         train: Real training images.
-        closest: Closest pairs of `after` and training images, see `fidelity.NearestTraining.closest`.
+        closest: Closest pairs of `after` and training images, see `memorization.NearestTraining.closest`.
         calibration: Bins of `alignment.reliability`; empty without feedback.
         phantom: Whether the "real" images are drawn.
     """
