@@ -65,11 +65,12 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000, help="of each source, a multiple of 1,000")
     parser.add_argument("--dimensions", type=int, default=1280)
     parser.add_argument("--folder", help="where the streamed rows lie; by default a temporary folder")
+    parser.add_argument("--only", nargs="+", choices=list(package.METRICS), default=list(package.METRICS))
     arguments = parser.parse_args()
     libraries = round(peak_rss_mb())
     found = {}
     with TemporaryDirectory(dir=arguments.folder) as folder:
-        for name in package.METRICS:
+        for name in arguments.only:
             found[name] = measure(name, arguments.images, arguments.dimensions, folder)
             print(f"{name}: {found[name]}", flush=True)
     print(
