@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import pathalign.evaluate as stage
-from pathalign.evaluate import alignment, fidelity, utility
+from pathalign.augment import orient
+from pathalign.evaluate import alignment, fidelity, memorization, utility
 from pathalign.evaluate.subjects import load_subjects
 from pathalign.grading.simulated import Judgement
 from pathalign.images import ImageSet
@@ -147,27 +148,31 @@ def test_dimensions_are_reduced_only_with_too_few_images():
     assert pca is not None and pca.n_components_ == 4
 
 
-def test_copies_and_turned_copies_are_no_authentic_images_and_others_are():
+def all_orientations(images: Tensor) -> Tensor:
+    return torch.cat([orient(images, orientation) for orientation in range(8)])
+
+
+def test_copies_and_turned_copies_are_near_copies_and_others_are_not():
     train, unseen, fresh = images(20, 5), images(200, 6), images(20, 7)
     encode = PooledPixels()
 
     def features(pixels: Tensor) -> np.ndarray:
         return encode(pixels.float()).numpy()
 
-    check = fidelity.CopyCheck.fit(features(fidelity.all_orientations(train.images)), features(unseen.images))
+    check = memorization.CopyCheck.fit(features(all_orientations(train.images)), features(unseen.images))
     turned = torch.rot90(train.images, 1, (2, 3)).flip(3)
     for copies in (train.images, turned):
         found = check.check(features(copies))
-        assert not found.authentic.any()
+        assert not found.no_near_copy.any()
         assert found.rows.tolist() == list(range(20))
-    assert check.check(features(fresh.images)).authentic.all()
-    assert check.check(features(unseen.images)).authentic.mean() == pytest.approx(0.99)
+    assert check.check(features(fresh.images)).no_near_copy.all()
+    assert check.check(features(unseen.images)).no_near_copy.mean() == pytest.approx(0.99)
 
 
 def test_the_closest_pair_names_the_orientation_in_which_it_was_found():
     train = images(5, 8)
-    turned = fidelity.all_orientations(train.images).float().flatten(1).numpy()
-    check = fidelity.CopyCheck.fit(turned, images(50, 9).images.float().flatten(1).numpy())
+    turned = all_orientations(train.images).float().flatten(1).numpy()
+    check = memorization.CopyCheck.fit(turned, images(50, 9).images.float().flatten(1).numpy())
     queries = np.stack([turned[7] + 30, turned[5 * 6 + 2]])
     first = check.check(queries).closest(2)[0]
     assert first == {"row": 1, "train_row": 2, "orientation": 6, "distance": 0.0, "near_copy": True}
@@ -277,10 +282,47 @@ def test_the_stage_measures_all_sets_and_writes_what_it_returns(inputs, panel, t
     assert metrics["plausible_gain"] == pytest.approx((truth[1] - truth[0]).mean().item())
     assert metrics["metrics"]["after"]["per_criterion"]["class"]["failed_share"] == 0
     assert metrics["metrics"]["after"]["per_class"]["b"]["n"] == 15
-    assert metrics["metrics"]["real"]["authenticity"] == pytest.approx(59 / 60)
+    assert metrics["metrics"]["real"]["no_near_copy"] == pytest.approx(59 / 60)
     assert metrics["metrics"]["best_of_n"] is None
     assert metrics["simulated"] and metrics["phantom"]
     assert record.inputs.keys() == {"data", "before", "after", "control", "judge"}
+
+
+def test_gains_are_differences_of_the_figures_with_intervals_over_the_same_seeds_and_real_images(
+    inputs, panel, tmp_path
+):
+    metrics = stage.evaluate(config(inputs, neighbours=3), tmp_path / "out").metrics
+    before, after, control, real = (metrics["metrics"][name] for name in ("before", "after", "control", "real"))
+    for key in ("precision", "recall", "density", "coverage", "no_near_copy", "authenticity", "utility_accuracy"):
+        for gains, other in (("gains", before), ("gains_over_control", control)):
+            found = metrics[gains][key]
+            assert found["gain"] == pytest.approx(after[key] - other[key]), key
+            assert found["ci"][0] <= found["gain"] <= found["ci"][1]
+    recalls = [metrics["gains"][f"utility_recall of {label}"]["gain"] for label in CLASSES]
+    assert np.mean(recalls) == pytest.approx(metrics["gains"]["utility_accuracy"]["gain"])  # equal classes
+    assert real["augment_gain"] == 0 and real["n_augment"] == 40 and after["n_augment"] == 40 + 30
+    assert real["n_memorization"] == 30 and after["n_memorization"] == 30  # 15 held out of 30 in each class
+    worse = {row["name"]: row for row in metrics["worse"]}
+    if metrics["gains"]["recall"]["gain"] < 0:
+        assert worse["recall"]["interval"] == metrics["gains"]["recall"]["ci"]
+
+
+def test_figures_of_a_class_are_those_of_its_images_alone_and_none_if_these_are_few(inputs, panel, tmp_path):
+    few = stage.evaluate(config(inputs), tmp_path / "few").metrics["metrics"]["after"]["per_class"]["a"]
+    assert few["n_fidelity"] == 15 and few["precision"] is few["kid_unbiased"] is None
+    assert 0 <= few["utility_recall"] <= 1 and few["n_utility_recall"] == 30
+    metrics = stage.evaluate(config(inputs, neighbours=3), tmp_path / "out").metrics
+    subjects = load_subjects(config(inputs))
+    rows = fidelity.match_rows(subjects.generated, subjects.test, 3, seed=0)
+
+    def features(images: ImageSet, chosen: np.ndarray) -> np.ndarray:
+        own = images.select(chosen)
+        return PooledPixels()(own.pixel_values()[own.class_ids == 0]).numpy()
+
+    after = features(subjects.generated["after"], rows.generated["after"])
+    expected = brute_force_prdc(features(subjects.test, rows.reference), after, 3)
+    found = metrics["metrics"]["after"]["per_class"]["a"]
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
 
 
 def test_the_same_call_gives_the_same_numbers(inputs, panel, tmp_path):
@@ -363,7 +405,7 @@ def test_all_missing_inputs_are_reported_together():
 
 
 def test_what_got_worse_lists_every_loss_and_marks_the_clear_ones():
-    base = dict.fromkeys(alignment.HIGHER_IS_BETTER, 0.5) | {"kid": 0.1, "fid": 2.0}
+    base = dict.fromkeys(alignment.HIGHER_IS_BETTER, 0.5) | {"kid": 0.1, "fid": 2.0, "nearer_to_train": 0.5}
     before = base | {"per_class": {"a": {"plausible_share": 0.8}}, "per_criterion": {"nucleus": {"failed_share": 0.1}}}
     after = before | {"recall": 0.44, "coverage": 0.46, "precision": 0.9, "fid": 3.0, "grader_share": None}
     after |= {"per_class": {"a": {"plausible_share": 0.7}}, "per_criterion": {"nucleus": {"failed_share": 0.2}}}

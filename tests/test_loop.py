@@ -106,7 +106,8 @@ def check_metrics(run_dir: Path, printed: dict) -> None:
     assert metrics == printed
     assert set(metrics["metrics"]) == {"before", "after", "control", "best_of_n", "real"}
     keys = {"plausible_share", "fid", "kid", "precision", "recall", "density", "coverage"}
-    keys |= {"authenticity", "utility_accuracy", "mean_reward", "grader_share"}
+    keys |= {"authenticity", "utility_accuracy", "mean_reward", "grader_share", "no_near_copy", "nearer_to_train"}
+    keys |= {"alpha_precision", "beta_recall", "augment_accuracy", "kid_unbiased"}
     for name, figures in metrics["metrics"].items():
         assert keys <= set(figures), name
         assert 0 <= figures["plausible_share"] <= 1

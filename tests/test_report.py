@@ -50,7 +50,8 @@ class Outline(HTMLParser):
 
 
 def measured(share: float, reward: float | None) -> dict[str, Any]:
-    shares = ("precision", "recall", "coverage", "authenticity", "utility_accuracy", "grader_share")
+    shares = ("precision", "recall", "coverage", "no_near_copy", "authenticity", "utility_accuracy", "grader_share")
+    shares += ("nearer_to_train", "augment_accuracy")
     return {
         "n": 8,
         "plausible_share": share,
@@ -58,6 +59,9 @@ def measured(share: float, reward: float | None) -> dict[str, Any]:
         **dict.fromkeys(shares, 0.75),
         **{f"{name}_ci": [0.7, 0.8] for name in shares},
         "density": 0.9,
+        "alpha_precision": 0.8,
+        "beta_recall": 0.7,
+        "nearer_to_train_p": 0.5,
         "kid": 0.012,
         "kid_sd": 0.001,
         "fid": 1.5,
@@ -67,6 +71,8 @@ def measured(share: float, reward: float | None) -> dict[str, Any]:
         "mean_reward_ci": None if reward is None else [reward - 0.02, reward + 0.02],
         "n_fidelity": 6,
         "n_utility": 7,
+        "n_augment": 9,
+        "n_memorization": 8,
         "per_class": {
             name: {"n": 4, "plausible_share": share, "plausible_share_ci": [share - 0.1, share + 0.1]}
             for name in CLASSES

@@ -22,7 +22,8 @@ IMAGE_MEASURES = {
     "recall": "recall (diversity)",
     "density": "density (fidelity)",
     "coverage": "coverage (diversity)",
-    "authenticity": "authenticity (no near-copies of training images)",
+    "no_near_copy": "no near-copies of training images",
+    "authenticity": "authenticity (farther from training images than these from each other)",
     "kid": "KID (less is better)",
 }
 REWARD_MEASURES = {
@@ -31,8 +32,23 @@ REWARD_MEASURES = {
     "brier": "Brier score (less is better)",
     "ece": "expected calibration error (less is better)",
 }
-OF_ALL_IMAGES = ("plausible_share", "authenticity")  # of the image measures; the others rest on `n_fidelity`
+OF_ALL_IMAGES = (
+    "plausible_share",
+    "no_near_copy",
+    "authenticity",
+)  # of the image measures; the others rest on `n_fidelity`
 EVAL_RESULTS_FILE = ".eval_results/pathalign.yaml"
+
+
+def by_present_names(figures: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Figures of a set in `metrics.json`, under the names they have now.
+
+    Until `no_near_copy` had its name, it was called `authenticity`, which is now that of arXiv:2102.08921.
+    """
+    if "no_near_copy" in figures or "authenticity" not in figures:
+        return figures
+    renamed = {"authenticity": "no_near_copy", "authenticity_ci": "no_near_copy_ci"}
+    return {renamed.get(key, key): value for key, value in figures.items()}
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ def image_measures(figures: Mapping[str, Any], simulated_judge: bool) -> list[Me
     titles = {key: title for key, title in IMAGE_MEASURES.items() if key != "n_fidelity"}
     if simulated_judge:
         titles["plausible_share"] = "plausible, by a simulated judge"
-    return _measures(figures, titles, lambda key: "n" if key in OF_ALL_IMAGES else "n_fidelity")
+    return _measures(by_present_names(figures), titles, lambda key: "n" if key in OF_ALL_IMAGES else "n_fidelity")
 
 
 def reward_measures(figures: Mapping[str, Any], simulated_graders: bool) -> list[Measure]:
@@ -134,7 +150,7 @@ def eval_results(measures: Sequence[Measure], measured_on: MeasuredOn, date: str
 
 def image_table(metrics: Mapping[str, Mapping[str, Any] | None], columns: Sequence[str]) -> dict[str, Any]:
     """Header and rows of the table of image measures; columns nothing is known of are left out, except the first."""
-    sets = {name: metrics.get(name) or {} for name in columns}
+    sets = {name: by_present_names(metrics.get(name) or {}) for name in columns}
     shown = [name for index, name in enumerate(columns) if index == 0 or sets[name]]
     return {
         "header": [f"{COLUMNS[name]}, n = {sets[name].get('n', NOT_MEASURED)}" for name in shown],

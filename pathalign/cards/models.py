@@ -125,7 +125,7 @@ def _figures(kind: CardKind, report: Mapping[str, Any]) -> dict[str, Any]:
         "headline": report.get("headline") if kind == "lora_adapter" else None,
         "image_table": measures.image_table(report.get("metrics") or {}, columns),
         "n_own": figures.get("n"),
-        "authenticity": measures.number(figures, "authenticity"),
+        "no_near_copy": measures.number(measures.by_present_names(figures), "no_near_copy"),
         "reward_table": [(title, measures.number(figures, key)) for key, title in measures.REWARD_MEASURES.items()],
         "confidence": report.get("confidence"),
         "worse": report.get("worse"),

@@ -6,6 +6,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from accelerate import PartialState
 from torch import nn
 
 from pathalign.artefacts import artefact, write_atomically
-from pathalign.evaluate import alignment, explained, fidelity, report, utility
+from pathalign.evaluate import alignment, explained, report
+from pathalign.evaluate.quality import Quality, measure_images
 from pathalign.evaluate.report import Exhibits, summary_table
 from pathalign.evaluate.subjects import GENERATED, Subjects, load_subjects
 from pathalign.grading.simulated import SimulatedGrader
@@ -29,9 +31,16 @@ from pathalign.reward.explanation import require_captum, reward_parts
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.evaluate import EvaluateConfig
 
-__all__ = ["EvaluateConfig", "evaluate", "summary_table"]
-
-CLOSEST_PAIRS = 8
+METRICS = {
+    "AuditMetrics": "metrics",
+    "FrechetDistance": "metrics",
+    "KernelDistance": "metrics",
+    "Memorization": "metrics",
+    "NeighbourhoodMetrics": "metrics",
+    "PlausibleShare": "plausible_share",
+    "Usefulness": "metrics",
+}
+__all__ = ["EvaluateConfig", "evaluate", "summary_table", *METRICS]
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,8 @@ def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
     subjects, panel, training = load_subjects(config), load_panel(config), training_checks(config.adapter)
     with artefact(output_dir) as folder:
         answers = {name: consult(panel, images) for name, images in subjects.judged().items()}
-        measured, closest = measure_images(config, subjects, panel, folder / "checkpoints")
-        metrics = assemble(config, subjects, panel, answers, measured, training)
+        quality = measure_images(config, subjects, panel.encoder, folder / "checkpoints", panel.device)
+        metrics = assemble(config, subjects, panel, answers, quality, training)
         graded = _rewards(panel, subjects.feedback) if panel.reward_model and subjects.feedback else None
         if panel.reward_model and subjects.feedback and graded is not None:
             names = tuple(panel.reward_model.config.criteria)
@@ -93,7 +102,7 @@ def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
             verdicts={name: answer.judge for name, answer in answers.items()},
             rewards={name: answer.rewards for name, answer in answers.items() if answer.rewards is not None},
             train=subjects.train,
-            closest=closest,
+            closest=quality.closest,
             calibration=calibration(graded, subjects.feedback),
             phantom=subjects.phantom,
             close_look=close_look(panel, subjects, answers),
@@ -155,67 +164,24 @@ def close_look(panel: Panel, subjects: Subjects, answers: dict[str, Answers]) ->
     return explained.look_closely(panel.reward_model, subjects.generated, rewards, criteria)
 
 
-def measure_images(
-    config: EvaluateConfig, subjects: Subjects, panel: Panel, scratch: Path
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Fidelity, authenticity and usefulness of each set, and the closest pairs of `after` and training images."""
-    store = fidelity.FeatureStore(panel.encoder, config.encoder, scratch, panel.device)
-    turned = store.features(fidelity.all_orientations(subjects.train.images), "training images, eight orientations")
-    features = {name: store.features(images.images, name) for name, images in subjects.judged().items()}
-    rows = fidelity.match_rows(subjects.generated, subjects.test, config.neighbours, config.seed)
-    training = utility.match_training_rows(subjects.generated, subjects.train, config.seed)
-    copies = fidelity.CopyCheck.fit(turned, features["real"])
-    compared = {name: features[name][rows.generated[name]] for name in subjects.generated}
-    compared["real"] = features["real"][rows.floor]
-    sources = {name: features[name] for name in subjects.generated} | {"real": turned[: len(subjects.train)]}
-    classes = {name: images.class_ids.numpy() for name, images in subjects.generated.items()}
-    classes["real"] = subjects.train.class_ids.numpy()
-    pca = fidelity.reduce_dimensions(sources["real"], len(rows.reference))
-    measured, closest = {}, []
-    for name in subjects.judged():
-        nearest = copies.check(features[name])
-        if name == "after":
-            closest = nearest.closest(CLOSEST_PAIRS)
-        chosen = training[name]
-        correct = utility.correct_on_real(
-            sources[name][chosen], classes[name][chosen], features["real"], subjects.test.class_ids.numpy()
-        )
-        measured[name] = {
-            **_distances(config, features["real"][rows.reference], compared[name], pca),
-            **alignment.share(nearest.authentic, config.confidence, "authenticity"),
-            **alignment.share(correct, config.confidence, "utility_accuracy"),
-            "n_utility": len(chosen),
-        }
-    return measured, closest
-
-
-def _distances(config: EvaluateConfig, reference: np.ndarray, compared: np.ndarray, pca: Any) -> dict[str, Any]:
-    count = len(reference)
-    values: dict[str, Any] = fidelity.neighbourhood_metrics(reference, compared, config.neighbours)
-    for name in ("precision", "recall", "coverage"):  # shares of `count` images
-        values[f"{name}_ci"] = alignment.wilson(round(values[name] * count), count, config.confidence)
-    values["kid"], values["kid_sd"] = fidelity.kernel_distance(reference, compared, np.random.default_rng(config.seed))
-    if pca is not None:
-        reference, compared = pca.transform(reference), pca.transform(compared)
-    values["fid"] = fidelity.frechet_distance(reference, compared)
-    return {**values, "n_fidelity": count, "fid_dimensions": reference.shape[1]}
-
-
 def assemble(
     config: EvaluateConfig,
     subjects: Subjects,
     panel: Panel,
     answers: dict[str, Answers],
-    measured: dict[str, dict[str, Any]],
+    quality: Quality,
     training: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything that `metrics.json` holds. A set that was not given is null there."""
     sets: dict[str, Any] = dict.fromkeys((*GENERATED, "real"))
     for name, images in subjects.judged().items():
         answer = answers[name]
+        judged = alignment.judged_metrics(answer.judge, images, config.confidence)
+        for label, figures in judged["per_class"].items():
+            figures.update(quality.per_class[name][label])
         sets[name] = {
-            **alignment.judged_metrics(answer.judge, images, config.confidence),
-            **measured[name],
+            **judged,
+            **quality.figures[name],
             **_reward_metrics(config, answer),
             "per_criterion_reward": _criterion_metrics(config, panel, answer),
             **_grader_metrics(config, answer),
@@ -224,7 +190,7 @@ def assemble(
         "reward": reward_evaluation(config.reward_model),
         "training": training,
         "metrics": sets,
-        **compare(config, subjects, answers, sets),
+        **compare(config, subjects, answers, quality, sets),
         "confidence": config.confidence,
         "simulated": True,
         "phantom": subjects.phantom,
@@ -258,7 +224,7 @@ def _grader_metrics(config: EvaluateConfig, answer: Answers) -> dict[str, Any]:
 
 
 def compare(
-    config: EvaluateConfig, subjects: Subjects, answers: dict[str, Answers], sets: dict[str, Any]
+    config: EvaluateConfig, subjects: Subjects, answers: dict[str, Answers], quality: Quality, sets: dict[str, Any]
 ) -> dict[str, Any]:
     """Gains with paired intervals, the gap closed, what got worse, and whether the reward was hacked."""
 
@@ -289,6 +255,18 @@ def compare(
         config.confidence,
         config.seed,
     )
+    gains = {
+        name: alignment.paired_gains(
+            quality.outcomes[name],
+            quality.outcomes["after"],
+            config.bootstrap_samples,
+            config.confidence,
+            config.seed,
+        )
+        for name in ("before", "control")
+        if name in quality.outcomes
+    }
+    changes |= {alignment.title_of(name): found for name, found in gains["before"].items()}
     proxies = [changes[name][0] if name in changes else None for name in ("mean reward", "grader's plausible share")]
     intervals = {name: interval for name, (_, interval) in changes.items()}
     return {
@@ -298,11 +276,17 @@ def compare(
         "gain_over_control_ci": over_control[1],
         "gap_closed": closed,
         "gap_closed_ci": closed_ci,
+        "gains": _as_figures(gains["before"]),
+        "gains_over_control": _as_figures(gains["control"]) if "control" in gains else None,
         "reward_gain": proxies[0],
         "reward_gain_ci": intervals.get("mean reward"),
         "reward_hacking": alignment.reward_hacking(judge_gain[0], *proxies),
         "worse": alignment.what_got_worse(sets["before"], sets["after"], intervals),
     }
+
+
+def _as_figures(gains: dict[str, tuple[float, list[float]]]) -> dict[str, dict[str, Any]]:
+    return {name: {"gain": gain, "ci": interval} for name, (gain, interval) in gains.items()}
 
 
 def reward_evaluation(reward_model: str | None) -> dict[str, Any]:
@@ -331,3 +315,10 @@ def training_checks(adapter: str | None) -> dict[str, Any] | None:
 def _inputs(config: EvaluateConfig) -> dict[str, str]:
     names = ("data", *GENERATED, "judge", "grader", "reward_model", "feedback", "adapter")
     return {name: value for name in names if (value := getattr(config, name))}
+
+
+def __getattr__(name: str) -> Any:
+    # The library `evaluate` takes seconds to import; only who measures by hand waits for it.
+    if name in METRICS:
+        return getattr(import_module(f"pathalign.evaluate.{METRICS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -116,8 +116,23 @@ def paired_gain(
     before: np.ndarray, after: np.ndarray, samples: int, confidence: float, seed: int
 ) -> tuple[float, Interval]:
     """Mean of `after - before` over pairs, both of shape `(n,)`, with its percentile bootstrap interval over pairs."""
-    first, second = resampled_means([before, after], samples, np.random.default_rng(seed))
-    return float(after.mean() - before.mean()), percentile_interval(second - first, confidence)
+    return paired_gains({"gain": before}, {"gain": after}, samples, confidence, seed)["gain"]
+
+
+def paired_gains(
+    before: dict[str, np.ndarray], after: dict[str, np.ndarray], samples: int, confidence: float, seed: int
+) -> dict[str, tuple[float, Interval]]:
+    """`paired_gain` of every figure that both hold with as many values, figures of one length resampled together."""
+    shared = [name for name in before if name in after and len(before[name]) == len(after[name])]
+    found = {}
+    for count in sorted({len(before[name]) for name in shared}):
+        names = [name for name in shared if len(before[name]) == count]
+        columns = [values[name] for values in (before, after) for name in names]
+        draws = resampled_means(columns, samples, np.random.default_rng(seed))
+        for row, name in enumerate(names):
+            gain = float(after[name].mean() - before[name].mean())
+            found[name] = gain, percentile_interval(draws[len(names) + row] - draws[row], confidence)
+    return found
 
 
 def gap_closed(
@@ -183,7 +198,7 @@ def reliability(rewards: np.ndarray, plausible: np.ndarray, bins: int = 10) -> l
     ]
 
 
-HIGHER_IS_BETTER = {
+HIGHER_IS_BETTER = {  # authenticity is not among them: it falls as images come to lie among real ones
     "plausible_share": "plausible share",
     "grader_share": "grader's plausible share",
     "grader_judge_kappa": "agreement of grader and judge (kappa)",
@@ -192,10 +207,21 @@ HIGHER_IS_BETTER = {
     "recall": "recall",
     "density": "density",
     "coverage": "coverage",
-    "authenticity": "authenticity",
+    "alpha_precision": "alpha-precision",
+    "beta_recall": "beta-recall",
+    "no_near_copy": "share without near-copies",
     "utility_accuracy": "usefulness",
+    "augment_accuracy": "usefulness beside real images",
 }
-LOWER_IS_BETTER = {"kid": "KID", "fid": "FID"}
+LOWER_IS_BETTER = {"nearer_to_train": "share nearer to training than to held-out images", "kid": "KID", "fid": "FID"}
+DISTANCES = ("KID", "FID")
+
+
+def title_of(name: str) -> str:
+    """What readers call a figure of `Quality.outcomes`, as in the table of what got worse."""
+    key, of, label = name.partition(" of ")
+    titles = {**HIGHER_IS_BETTER, **LOWER_IS_BETTER, "utility_recall": "usefulness"}
+    return titles.get(key, key) + of + label
 
 
 def what_got_worse(
@@ -212,14 +238,15 @@ def what_got_worse(
         Rows of `name`, `before`, `after`, `difference`, `interval` (or None) and `notable`: the interval excludes 0, or
         where there is none, the loss is more than 5 points (5 % of the former value for distances).
     """
-    pairs = [(label, before[key], after[key], 1) for key, label in HIGHER_IS_BETTER.items()]
-    pairs += [(label, before[key], after[key], -1) for key, label in LOWER_IS_BETTER.items()]
+    pairs = [(label, before.get(key), after.get(key), 1) for key, label in HIGHER_IS_BETTER.items()]
+    pairs += [(label, before.get(key), after.get(key), -1) for key, label in LOWER_IS_BETTER.items()]
     for group, key, text, sign in (
         ("per_class", "plausible_share", "plausible share of", 1),
+        ("per_class", "utility_recall", "usefulness of", 1),
         ("per_criterion", "failed_share", "share failing", -1),
     ):
         pairs += [
-            (f"{text} {name}", entry[key], after[group][name][key], sign)
+            (f"{text} {name}", entry.get(key), after[group][name].get(key), sign)
             for name, entry in before[group].items()
             if name in after[group]
         ]
@@ -228,7 +255,7 @@ def what_got_worse(
         if old is None or new is None or sign * (new - old) >= 0:
             continue
         interval = intervals.get(label)
-        limit = NOTABLE_FALL * (abs(old) if label in LOWER_IS_BETTER.values() else 1)
+        limit = NOTABLE_FALL * (abs(old) if label in DISTANCES else 1)
         excluded = interval is not None and (interval[0] > 0 or interval[1] < 0)
         rows.append(
             {

@@ -1,33 +1,25 @@
-"""How near generated images are to unseen real ones, how varied they are, and whether they copy training images.
+"""How near generated images are to unseen real ones and how varied they are, on feature arrays of any length.
 
-Everything here works on feature arrays, except `FeatureStore`, which makes them with an image encoder.
+Nothing here holds more than blocks of the features, or of the matrices between them, in memory: arrays may be
+memory-mapped.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from prdc import compute_prdc
 from scipy import linalg
 from sklearn.decomposition import PCA
-from sklearn.neighbors import NearestNeighbors
-from torch import Tensor, nn
 
-from pathalign.artefacts import fingerprint, write_atomically
-from pathalign.augment import ORIENTATIONS, orient
-from pathalign.images import ImageSet, content_id, to_pixel_values
-from pathalign.progress import Progress
+from pathalign.evaluate.neighbours import blocks, radii, tiles
+from pathalign.images import ImageSet
 from pathalign.schema import InputError
 
-NEAR_COPY_QUANTILE = 0.01
-CPU_BATCH_SIZE, ACCELERATOR_BATCH_SIZE = 16, 256  # larger ones cost a CPU twice the time, in page faults
 MAX_PCA_COMPONENTS = 64
+KERNEL_BLOCK = 512  # small enough for a processor's cache
+WHOLE_KERNEL_ROWS = 2048  # up to here the subsets share kernel matrices that are made once
+MOMENTS_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -80,53 +72,53 @@ def rows_of_class(images: ImageSet, class_id: int) -> np.ndarray:
     return (images.class_ids == class_id).nonzero().flatten().numpy()
 
 
-class FeatureStore:
-    """Makes encoder features and keeps them in a folder, so that an interrupted evaluation makes none twice."""
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """Which images lie within the balls that reach to the k-th nearest neighbour of the same set.
 
-    def __init__(self, encoder: nn.Module, encoder_name: str, folder: Path, device: torch.device):
-        self.encoder = encoder.to(device).eval()
-        self.encoder_name, self.folder, self.device = encoder_name, folder, device
-        self.batch_size = CPU_BATCH_SIZE if device.type == "cpu" else ACCELERATOR_BATCH_SIZE
-        folder.mkdir(parents=True, exist_ok=True)
-
-    @torch.no_grad()
-    def features(self, images: Tensor, description: str) -> np.ndarray:
-        """Features of uint8 images of shape `(n, 3, height, width)`: shape `(n, d)`, float32."""
-        path = self.folder / f"features-{fingerprint([self.encoder_name, len(images), content_id(images)])}.npy"
-        if path.is_file():
-            return np.load(path)
-        parts = []
-        with Progress(f"features of {description}", len(images), unit="image") as progress:
-            for batch in images.split(self.batch_size):
-                parts.append(self.encoder(to_pixel_values(batch).to(self.device)).float().cpu().numpy())
-                progress.update(len(batch))
-        result = np.concatenate(parts)
-        buffer = io.BytesIO()
-        np.save(buffer, result)
-        write_atomically(path, buffer.getvalue())
-        return result
-
-
-def all_orientations(images: Tensor) -> Tensor:
-    """The eight flips and quarter turns of each image, by which training is augmented.
-
-    Args:
-        images: Shape `(n, channels, size, size)`.
-
-    Returns:
-        Shape `(8 * n, channels, size, size)`; row `k * n + i` is image i in orientation k, orientation 0 being itself.
+    Attributes:
+        surrounding: Shape `(generated,)`, how many real images' balls hold each generated one.
+        reached: Shape `(real,)`, bool, whether some generated image's ball holds the real one.
+        covered: Shape `(real,)`, bool, whether the real image's ball holds some generated one.
+        neighbours: k.
     """
-    return torch.cat([orient(images, orientation) for orientation in range(ORIENTATIONS)])
+
+    surrounding: np.ndarray
+    reached: np.ndarray
+    covered: np.ndarray
+    neighbours: int
+
+    def metrics(self) -> dict[str, float]:
+        """Precision and recall (arXiv:1904.06991), density and coverage (arXiv:2002.09797)."""
+        return {
+            "precision": float((self.surrounding > 0).mean()),
+            "recall": float(self.reached.mean()),
+            "density": float(self.surrounding.mean() / self.neighbours),
+            "coverage": float(self.covered.mean()),
+        }
+
+
+def neighbourhoods(real: np.ndarray, generated: np.ndarray, neighbours: int) -> Neighbourhoods:
+    """Compare two sets of features, of shapes `(n, d)` and `(m, d)`, both longer than `neighbours`."""
+    surrounding = np.zeros(len(generated), dtype=np.int64)
+    reached, covered = np.zeros(len(real), dtype=bool), np.zeros(len(real), dtype=bool)
+    for tile in tiles(real, radii(real, neighbours), generated, radii(generated, neighbours)):
+        surrounding[tile.second] += tile.in_first.sum(axis=0)
+        covered[tile.first] |= tile.in_first.any(axis=1)
+        assert tile.in_second is not None
+        reached[tile.first] |= tile.in_second.any(axis=1)
+    return Neighbourhoods(surrounding, reached, covered, neighbours)
 
 
 def neighbourhood_metrics(real: np.ndarray, generated: np.ndarray, neighbours: int) -> dict[str, float]:
-    """Precision, recall, density and coverage of features of shape `(n, d)`, by the authors' library.
+    """Precision, recall, density and coverage, see `Neighbourhoods.metrics`.
 
-    Source: improved precision and recall (arXiv:1904.06991); density and coverage (arXiv:2002.09797).
+    Args:
+        real: Features of real images, shape `(n, d)`.
+        generated: Features of generated images, shape `(m, d)`, best with m = n.
+        neighbours: Size of the neighbourhoods; less than n and m.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # prdc 0.2 prints, and stdout belongs to the results
-        values = compute_prdc(real, generated, neighbours)
-    return {name: float(value) for name, value in values.items()}
+    return neighbourhoods(real, generated, neighbours).metrics()
 
 
 def kernel_distance(
@@ -146,14 +138,29 @@ def kernel_distance(
     Source: arXiv:1801.01401; kernel k(x, y) = (x.y / d + 1)^3.
     """
     size = max(2, min(subset_size, len(real) // 2, len(generated) // 2))
-    x, y = real.astype(np.float64), generated.astype(np.float64)
-    dimensions = x.shape[1]
-    k_xx, k_yy, k_xy = ((a @ b.T / dimensions + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    whole = None
+    if max(len(real), len(generated)) <= WHOLE_KERNEL_ROWS:
+        x, y = real.astype(np.float64), generated.astype(np.float64)
+        whole = kernel(x, x), kernel(y, y), kernel(x, y)
     values = []
     for _ in range(subsets):
-        i, j = rng.choice(len(x), size, replace=False), rng.choice(len(y), size, replace=False)
-        values.append(unbiased_mmd2(k_xx[np.ix_(i, i)], k_yy[np.ix_(j, j)], k_xy[np.ix_(i, j)]))
+        i, j = rng.choice(len(real), size, replace=False), rng.choice(len(generated), size, replace=False)
+        if whole is not None:
+            values.append(unbiased_mmd2(whole[0][np.ix_(i, i)], whole[1][np.ix_(j, j)], whole[2][np.ix_(i, j)]))
+        else:
+            x, y = real[np.sort(i)].astype(np.float64), generated[np.sort(j)].astype(np.float64)
+            values.append(unbiased_mmd2(kernel(x, x), kernel(y, y), kernel(x, y)))
     return float(np.mean(values)), float(np.std(values))
+
+
+def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The polynomial kernel (x.y / d + 1)^3 of features of shapes `(n, d)` and `(m, d)`. Shape `(n, m)`."""
+    product = x @ y.T
+    product /= x.shape[1]
+    product += 1
+    cube = product * product
+    cube *= product
+    return cube
 
 
 def unbiased_mmd2(k_xx: np.ndarray, k_yy: np.ndarray, k_xy: np.ndarray) -> float:
@@ -165,6 +172,38 @@ def unbiased_mmd2(k_xx: np.ndarray, k_yy: np.ndarray, k_xy: np.ndarray) -> float
     within_x = (k_xx.sum() - np.trace(k_xx)) / (n * (n - 1))
     within_y = (k_yy.sum() - np.trace(k_yy)) / (m * (m - 1))
     return float(within_x + within_y - 2 * k_xy.mean())
+
+
+def whole_kernel_distance(real: np.ndarray, generated: np.ndarray) -> float:
+    """The same estimate over all pairs of images at once, block by block: of all unbiased ones that of least variance.
+
+    Args:
+        real: Features, shape `(n, d)`, n > 1.
+        generated: Features, shape `(m, d)`, m > 1.
+    """
+    n, m = len(real), len(generated)
+    within_x, within_y = (
+        _kernel_sum_within(features) / (len(features) * (len(features) - 1)) for features in (real, generated)
+    )
+    between = sum(
+        float(kernel(x, generated[columns].astype(np.float64)).sum())
+        for x in (real[rows].astype(np.float64) for rows in blocks(n, KERNEL_BLOCK))
+        for columns in blocks(m, KERNEL_BLOCK)
+    )
+    return within_x + within_y - 2 * between / (n * m)
+
+
+def _kernel_sum_within(features: np.ndarray) -> float:
+    """Sum of the kernel over all ordered pairs of different rows; each pair of blocks is visited once."""
+    total = 0.0
+    for rows in blocks(len(features), KERNEL_BLOCK):
+        x = features[rows].astype(np.float64)
+        own = kernel(x, x)
+        total += float(own.sum() - np.trace(own))
+        for later in blocks(len(features) - rows.stop, KERNEL_BLOCK):
+            y = features[rows.stop + later.start : rows.stop + later.stop].astype(np.float64)
+            total += 2 * float(kernel(x, y).sum())
+    return total
 
 
 def reduce_dimensions(fit_on: np.ndarray, count: int) -> PCA | None:
@@ -179,69 +218,43 @@ def reduce_dimensions(fit_on: np.ndarray, count: int) -> PCA | None:
     return PCA(components, svd_solver="full").fit(fit_on)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Number, mean of shape `(d,)` and covariance of shape `(d, d)` of features, in float64."""
+
+    count: int
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Moments:
+        """Moments of features of shape `(n, d)`, n > 1, in one pass over blocks.
+
+        Source: Chan, Golub and LeVeque 1979, equation 1.5: means and sums of squares of two parts are combined, so
+        that a mean far from zero does not cancel.
+        """
+        count, mean = 0, np.zeros(features.shape[1])
+        scatter = np.zeros((features.shape[1], features.shape[1]))
+        for rows in blocks(len(features), MOMENTS_BLOCK):
+            block = features[rows].astype(np.float64)
+            block_mean, size = block.mean(axis=0), len(block)
+            block -= block_mean
+            difference = block_mean - mean
+            scatter += block.T @ block + np.outer(difference, difference) * (count * size / (count + size))
+            mean += difference * (size / (count + size))
+            count += size
+        return cls(count, mean, scatter / (count - 1))
+
+
 def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
     """Squared Frechet distance of two Gaussians fitted to features of shape `(n, d)`.
 
-    Source: arXiv:1706.08500; trace of the matrix root as the sum of the roots of the product's eigenvalues.
+    Source: arXiv:1706.08500. The trace of (C1 C2)^(1/2) is taken as the sum of the roots of the eigenvalues of
+    C1^(1/2) C2 C1^(1/2), which are the same, and real because that matrix is symmetric.
     """
-    cov_real, cov_generated = (np.atleast_2d(np.cov(x.astype(np.float64), rowvar=False)) for x in (real, generated))
-    difference = real.mean(axis=0, dtype=np.float64) - generated.mean(axis=0, dtype=np.float64)
-    roots = np.sqrt(np.clip(linalg.eigvals(cov_real @ cov_generated).real, 0, None))
-    return float(difference @ difference + np.trace(cov_real) + np.trace(cov_generated) - 2 * roots.sum())
-
-
-@dataclass(frozen=True)
-class CopyCheck:
-    """Nearest training images, to find generated images that copy one.
-
-    Attributes:
-        index: Searches the features of all orientations of the training images.
-        threshold: Distance that 99 % of unseen real images keep from their nearest training image.
-        train_count: Number of training images, each in 8 orientations.
-    """
-
-    index: NearestNeighbors
-    threshold: float
-    train_count: int
-
-    @classmethod
-    def fit(cls, train_orientations: np.ndarray, unseen_real: np.ndarray) -> CopyCheck:
-        """Learn the threshold. Features of shapes `(8 * n, d)` (see `all_orientations`) and `(m, d)`."""
-        index = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(train_orientations)
-        distances = index.kneighbors(unseen_real)[0][:, 0]
-        threshold = float(np.quantile(distances, NEAR_COPY_QUANTILE))
-        return cls(index, threshold, len(train_orientations) // ORIENTATIONS)
-
-    def check(self, features: np.ndarray) -> NearestTraining:
-        """Compare features of shape `(n, d)` with the training images."""
-        distances, rows = (found[:, 0] for found in self.index.kneighbors(features))
-        return NearestTraining(
-            distances=distances,
-            rows=rows % self.train_count,
-            orientation=rows // self.train_count,
-            authentic=distances >= self.threshold,
-        )
-
-
-@dataclass(frozen=True)
-class NearestTraining:
-    """The nearest training image of each of n images: its distance, row and orientation; all of shape `(n,)`."""
-
-    distances: np.ndarray
-    rows: np.ndarray
-    orientation: np.ndarray
-    authentic: np.ndarray  # bool, False for a near-copy
-
-    def closest(self, count: int) -> list[dict[str, Any]]:
-        """The `count` pairs that lie closest together, closest first."""
-        order = np.argsort(self.distances, kind="stable")[:count]
-        return [
-            {
-                "row": int(row),
-                "train_row": int(self.rows[row]),
-                "orientation": int(self.orientation[row]),
-                "distance": float(self.distances[row]),
-                "near_copy": not bool(self.authentic[row]),
-            }
-            for row in order
-        ]
+    first, second = Moments.of(real), Moments.of(generated)
+    values, vectors = linalg.eigh(first.covariance)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    roots = np.sqrt(np.clip(linalg.eigvalsh(root @ second.covariance @ root), 0, None))
+    difference = first.mean - second.mean
+    return float(difference @ difference + np.trace(first.covariance) + np.trace(second.covariance) - 2 * roots.sum())

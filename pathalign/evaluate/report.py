@@ -60,7 +60,7 @@ class Exhibits:
         verdicts: The judge's verdicts on each set.
         rewards: Rewards of each set, shape `(n,)`; empty without a reward model.
         train: Real training images.
-        closest: Closest pairs of `after` and training images, see `fidelity.NearestTraining.closest`.
+        closest: Closest pairs of `after` and training images, see `memorization.NearestTraining.closest`.
         calibration: Bins of `alignment.reliability`; empty without feedback.
         phantom: Whether the "real" images are drawn.
         close_look: Images by reward, with the rewards of their criteria and where the reward model looks.
@@ -100,12 +100,23 @@ ROWS = (
     Row("recall", "Recall", "share", "higher", "real images among generated ones", "recall_ci", "n_fidelity"),
     Row("density", "Density", "number", "higher", "how densely real images surround them", None, "n_fidelity"),
     Row("coverage", "Coverage", "share", "higher", "real images that have one near", "coverage_ci", "n_fidelity"),
+    Row("alpha_precision", "Alpha-precision", "number", "higher",
+        "how evenly generated images fill the real ones' range, 1 being fully", None, "n_fidelity"),
+    Row("beta_recall", "Beta-recall", "number", "higher", "how evenly real images have generated ones near", None,
+        "n_fidelity"),
     Row("kid", "KID", "number", "lower", "kernel distance to real images", None, "n_fidelity"),
     Row("fid", "FID", "number", "lower", "Frechet distance to real images", None, "n_fidelity"),
-    Row("authenticity", "Authenticity", "share", "higher", "images that are no near-copies of training images",
-        "authenticity_ci"),
+    Row("no_near_copy", "No near-copy", "share", "higher", "images that are no near-copies of training images",
+        "no_near_copy_ci"),
+    Row("authenticity", "Authenticity", "share", "higher",
+        "images farther from a training image than that is from the next: compare Real", "authenticity_ci"),
+    Row("nearer_to_train", "Nearer to training", "share", "lower",
+        "images nearer to a training image than to a held-out one, 50 % by chance", "nearer_to_train_ci",
+        "n_memorization"),
     Row("utility_accuracy", "Usefulness", "share", "higher",
         "accuracy on real images of a classifier trained on this set", "utility_accuracy_ci", "n_utility"),
+    Row("augment_accuracy", "Usefulness, added", "share", "higher",
+        "the same with all real training images added", "augment_accuracy_ci", "n_augment"),
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SETS = ("before", "after", "control", "best_of_n", "real")
-SHOWN = ("plausible_share", "recall", "coverage", "precision", "density", "authenticity", "grader_judge_kappa")
+SHOWN = ("plausible_share", "recall", "coverage", "precision", "density", "no_near_copy", "grader_judge_kappa")
 COMPARED = ("plausible_gain", "plausible_gain_ci", "gain_over_control", "gain_over_control_ci")
 
 
