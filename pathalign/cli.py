@@ -129,7 +129,7 @@ def run_command(
 
     \b
     Stages: data, pretrain, graders, generate, grade, feedback,
-            reward, align, control, sample, evaluate
+            select, reward, align, control, sample, evaluate
 
     Experts grade in place of the simulated grader with `grade: {method: pull, source: OWNER/NAME}` in CONFIG, or with
     a folder as `source`. The run writes a study of its candidates, says how graders reach it, and waits until
