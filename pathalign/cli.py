@@ -21,6 +21,7 @@ from pathalign.commands.printing import JSON_HELP, print_result, printed, quiet
 from pathalign.commands.publish import publish_command
 from pathalign.commands.space import space
 from pathalign.commands.stages import command_of, stage_command, with_subcommands
+from pathalign.commands.study import study
 from pathalign.config import ConfigError, parse_overrides, read_yaml
 from pathalign.ledger import peak_rss_mb
 from pathalign.schema import DISCLAIMER, InputError
@@ -98,6 +99,7 @@ main.add_command(stage_command("align", "align", "runs/adapter"))
 main.add_command(stage_command("evaluate", "evaluate", "runs/evaluation"))
 main.add_command(publish_command)
 main.add_command(space)
+main.add_command(study)
 main.add_command(jobs.jobs)
 
 

@@ -34,7 +34,7 @@ class Step:
         seed_offset: Added to the stage's seed.
         wanted_as: Setting of a later step that the folder is made for: if none reads it from here, it is not made.
         beside: Defaults of the stage's other steps where this one is made.
-        instead_of: Folder in whose place later steps read this one, where the configuration has a section for its stage.
+        instead_of: Folder in whose place later steps read this one, where the configuration has its stage's section.
         from_last: Setting -> what of the round before it is filled with, from the second round on. A step that has any
             is made in every round, with new seeds; see `rounds.py`.
     """
@@ -158,11 +158,7 @@ STAGES: tuple[Stage, ...] = (
         "select",
         "pathalign.trainers.selection:select",
         "pathalign.settings.select:SelectConfig",
-        (
-            Step(
-                "selection", {"feedback": "feedback", "data": "data"}, wanted_as="feedback", instead_of="feedback"
-            ),
-        ),
+        (Step("selection", {"feedback": "feedback", "data": "data"}, wanted_as="feedback", instead_of="feedback"),),
     ),
     Stage(
         "reward",

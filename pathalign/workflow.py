@@ -87,7 +87,9 @@ def plan(values: Mapping[str, Any], run_dir: Path, title: str = "The configurati
                 jobs.append(Job(stage, step, config, run_dir / step.folder))
             except ConfigError as error:
                 problems += [f"`{stage.name}`: {text}" for text in error.problems]
-        read_instead |= {step.instead_of: step.folder for step in stage.steps if step.instead_of and stage.name in values}
+        read_instead |= {
+            step.instead_of: step.folder for step in stage.steps if step.instead_of and stage.name in values
+        }
     jobs = _only_wanted(jobs, values)
     problems += _shared_networks(jobs)
     if problems:

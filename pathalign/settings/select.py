@@ -31,8 +31,8 @@ class SelectConfig(StageConfig):
     data_revision: str | None = option(None, "Hub revision of `data`.")
     strategy: Literal["random", "uncertainty", "disagreement", "diverse", "mixed"] = option(
         "random",
-        "`uncertainty`: entropy; `disagreement`: mutual information (BALD) of the scout's networks; `diverse`: k-center "
-        "on its features; `mixed`: informative and diverse images of the classes in deficit.",
+        "`uncertainty`: entropy; `disagreement`: mutual information (BALD) of the scout's networks; `diverse`: "
+        "k-center on its features; `mixed`: informative and diverse images of the classes in deficit.",
     )
     budget: float = option(
         0.25, "What is kept of the graded training and validation images: a share up to 1, or above 1 their number.",

@@ -1,6 +1,6 @@
 """Replays acquisition on a graded pool: which grades the experts would have given, had they given fewer.
 
-    random start -> scout learns -> ranks the rest -> next batch -> scout learns -> ... until the budget
+random start -> scout learns -> ranks the rest -> next batch -> scout learns -> ... until the budget
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,8 @@ def acquire(config: SelectConfig, pool: GradedPool, counts: tuple[int, int], scr
     drawn = [np.random.default_rng([config.seed, split]).permutation(len(part)).tolist() for split, part in
              enumerate((pool.train, pool.validation))]  # fmt: skip
     found = Acquisition([], drawn[1][: counts[1]], [], [], [])
-    if config.strategy == RANDOM:
-        starts = [0, len(pool.train)]
-    else:
-        starts = [0, *round_starts(config, pool, drawn)]
-    for number, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    starts = [0, len(pool.train)] if config.strategy == RANDOM else [0, *round_starts(config, pool, drawn)]
+    for number, (begin, end) in enumerate(pairwise(starts)):
         if begin >= counts[0]:
             break
         if number == 0:
@@ -161,8 +159,8 @@ def acquire(config: SelectConfig, pool: GradedPool, counts: tuple[int, int], scr
     for name, part, rows in (("train", pool.train, found.train), ("validation", pool.validation, found.validation)):
         if not _both_verdicts(part, rows):
             raise InputError(
-                f"Of {len(part)} images in the {name} split the budget buys {len(rows)}, all of one verdict, from which "
-                "no reward model can be trained; give a larger `budget` or another `seed`."
+                f"Of {len(part)} images in the {name} split the budget buys {len(rows)}, all of one verdict, from "
+                "which no reward model can be trained; give a larger `budget` or another `seed`."
             )
     return found
 

@@ -62,7 +62,11 @@ def measured(
                        rounds=order.rounds[:n_train], bits=order.bits[:n_train])  # fmt: skip
         write_selection(pool, part, folder / "selection", strategy)
         config = RewardConfig(
-            feedback=str(folder / "selection"), data=str(run / "data"), max_steps=steps, patience_epochs=steps, seed=seed
+            feedback=str(folder / "selection"),
+            data=str(run / "data"),
+            max_steps=steps,
+            patience_epochs=steps,
+            seed=seed,
         )
         metrics = train_reward(config, folder / "reward").metrics
         found = {"n_grades": n_train + n_validation, "roc_auc": metrics["roc_auc"], "brier": metrics["brier"]}
