@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def test_random_takes_every_image_alike_and_pairs_of_them_too(inputs, tmp_path):
 @pytest.mark.parametrize("strategy", ("random", *CHOOSING))
 def test_a_smaller_budget_is_the_beginning_of_a_larger_one(inputs, tmp_path, untrained, strategy):
     found = [order_of(inputs, tmp_path, strategy=strategy, budget=budget) for budget in (0.1, 0.25, 0.5, 1.0)]
-    for smaller, larger in zip(found, found[1:], strict=False):
+    for smaller, larger in pairwise(found):
         assert larger.train[: len(smaller.train)] == smaller.train
         assert larger.validation[: len(smaller.validation)] == smaller.validation
     assert [len(each.train) for each in found] == [12, 30, 60, 120]

@@ -32,8 +32,9 @@ def _next(path: str, folder: Path | None, as_json: bool, **options: Any) -> None
 
         propose(config, target)
         content = json.loads((target / NEXT).read_text())
-    text = f"{table(content)}\n\n{expectation(content['expected'], len(content['images']))}\n\n{use(target / NEXT, Path(path))}"
-    print_result({**content, "output_dir": str(target)}, as_json, text)
+    expected = expectation(content["expected"], len(content["images"]))
+    text = [table(content), expected, use(target / NEXT, Path(path))]
+    print_result({**content, "output_dir": str(target)}, as_json, "\n\n".join(text))
 
 
 def table(content: Mapping[str, Any]) -> str:
