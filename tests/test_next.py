@@ -117,6 +117,7 @@ def test_without_a_model_small_ones_learn_from_the_grades_and_tell_the_expected_
     assert sizes == sorted(sizes) and len(sizes) == 4 and sizes[-1] <= 0.7 * 150
     gain = found["expected"]["log_loss"]
     assert gain["low"] <= gain["high"] and gain["gain"] == pytest.approx(gain["now"] - gain["later"])
+    assert found["expected"]["log_loss_doubled"]["gain"] >= gain["gain"]
     assert found["networks"] == 2 and found["expected"]["reason"] == "" and len(found["images"]) == 6
     assert not (tmp_path / "study.next" / "scouts").exists()
 
@@ -160,7 +161,7 @@ def test_a_proposal_that_cannot_be_used_is_refused_by_name(tmp_path):
         ({"order": "proposed"}, "make a next.json by `pathalign study next`"),
         ({"proposal": "next.json"}, "`proposal` is for `order: proposed`"),
         ({"order": "uncertainty"}, "name the reward model"),
-        ({"reward_model": "x"}, "set `order`, or leave it out"),
+        ({"reward_model": "x"}, "set `order`, or leave out `reward_model`"),
     ):
         with pytest.raises(ConfigError, match=text):
             Study(real_control_share=0, **values)

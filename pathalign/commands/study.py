@@ -17,6 +17,7 @@ from pathalign.schema import DISCLAIMER
 from pathalign.settings.next_grades import NextConfig
 
 SHOWN = 20  # images in the printed table; all are in the file
+ABOUT_NOTHING = 0.001  # nats of log loss
 
 
 @click.group()
@@ -57,7 +58,7 @@ def expectation(expected: Mapping[str, Any], count: int) -> str:
         f"By the criterion ({expected['criterion']}) these {count} images tell at most {expected['bits_proposed']:.2f} "
         f"bits, {count} drawn at random {expected['bits_at_random']:.2f}."
     ]
-    gain = expected["log_loss"]
+    gain, doubled = expected["log_loss"], expected["log_loss_doubled"]
     if gain is None:
         return "\n".join([*lines, f"No learning curve: {expected['reason']}"])
     lines.append("Small reward models on parts of the grades, on the same held-out images:")
@@ -69,9 +70,10 @@ def expectation(expected: Mapping[str, Any], count: int) -> str:
     lines.append(
         f"By the power law through them {expected['more_grades']} more grades lower the log loss from "
         f"{gain['now']:.3f} by {gain['gain']:.4f} (95 % interval {gain['low']:.4f} to {gain['high']:.4f}, over "
-        f"refits and {expected['held_out_images']} held-out images)."
+        f"refits and {expected['held_out_images']} held-out images); twice as many grades lower it by "
+        f"{doubled['gain']:.3f} ({doubled['low']:.3f} to {doubled['high']:.3f})."
     )
-    if gain["low"] < 0.001:
+    if doubled["low"] < ABOUT_NOTHING:
         lines.append("The interval reaches 0: these grades do not tell whether more of them would help.")
     lines.append(
         "The law knows the grades that are there, not which ones come next: chosen ones may bring more or less, and "

@@ -313,7 +313,9 @@ def _order_problems(study: Study) -> list[str]:
     if study.order == "uncertainty" and study.reward_model is None:
         problems.append("`order: uncertainty` needs `reward_model`: name the reward model.")
     if study.order == "random" and study.reward_model is not None:
-        problems.append("`reward_model` is for `order: uncertainty` or `proposed`: set `order`, or leave it out.")
+        problems.append(
+            "`reward_model` is for `order: uncertainty` or `proposed`: set `order`, or leave out `reward_model`."
+        )
     if study.order == "proposed" and study.proposal is None:
         problems.append("`order: proposed` needs `proposal`: make a next.json by `pathalign study next` and name it.")
     if study.order != "proposed" and study.proposal is not None:

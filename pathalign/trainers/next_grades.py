@@ -77,7 +77,8 @@ class Curve:
 
     Attributes:
         points: For each number of training images the mean log loss and ROC AUC on the held-out images.
-        gain: What more grades bring, by the law through them; None where it cannot be told.
+        gain: What the proposed number of grades brings, by the law through them; None where it cannot be told.
+        doubled: What twice the grades bring.
         held_out: Number of those images.
         reason: Why there is no curve, and what is needed; empty if there is one.
         models: Those that learnt from all training images.
@@ -85,6 +86,7 @@ class Curve:
 
     points: list[dict[str, float]]
     gain: ExpectedGain | None
+    doubled: ExpectedGain | None
     held_out: int
     reason: str
     models: list[RewardModel]
@@ -170,17 +172,17 @@ def learning_curve(config: NextConfig, study: Study, progress: Progressed, scrat
     good = int(progress.plausible.sum()) if len(progress.graded) else 0
     bad = len(progress.graded) - good
     if config.refits == 0:
-        return Curve([], None, 0, "`--refits` is 0.", [])
+        return Curve([], None, None, 0, "`--refits` is 0.", [])
     if len(progress.graded) < FEWEST or min(good, bad) < FEWEST_OF_EACH:
         reason = (
             f"{len(progress.graded)} images have a grade that counts, {good} plausible and {bad} implausible; learning "
             f"from them takes {FEWEST}, and {FEWEST_OF_EACH} of each verdict."
         )
-        return Curve([], None, 0, reason, [])
+        return Curve([], None, None, 0, reason, [])
     try:
         parts = split(progress.graded, FeedbackConfig(seed=config.seed))
     except InputError as error:
-        return Curve([], None, 0, str(error), [])
+        return Curve([], None, None, 0, str(error), [])
     settings = ScoutSettings(*real_images(config, study, progress), config.scout_encoder, 1, config.scout_steps)
     simulated = any(grade.simulated for grade in progress.grades.grades)
     graders = len({grade.grader for grade in progress.grades.grades})
@@ -206,9 +208,11 @@ def learning_curve(config: NextConfig, study: Study, progress: Progressed, scrat
         {"training_images": size, "log_loss": float(losses[i].mean()), "roc_auc": float(np.nanmean(rankings[i]))}
         for i, size in enumerate(sizes)
     ]
-    later = len(train) * (len(progress.graded) + config.count) / len(progress.graded)
-    gain = expected_gain(np.array(sizes), losses, len(train), later, config.seed)
-    return Curve(points, gain, len(test), "", models)
+    growth = (1 + config.count / len(progress.graded), 2.0)  # a new grade is as often one to train on as before
+    gain, doubled = (
+        expected_gain(np.array(sizes), losses, len(train), factor * len(train), config.seed) for factor in growth
+    )
+    return Curve(points, gain, doubled, len(test), "", models)
 
 
 def real_images(config: NextConfig, study: Study, progress: Progressed) -> tuple[str | None, str | None]:
@@ -296,6 +300,7 @@ def proposal(
             "held_out_images": curve.held_out,
             "more_grades": config.count,
             "log_loss": asdict(curve.gain) if curve.gain else None,
+            "log_loss_doubled": asdict(curve.doubled) if curve.doubled else None,
             "reason": curve.reason,
         },
         "images": images,
