@@ -22,6 +22,7 @@ from pathalign.commands.printing import JSON_HELP, print_result, printed, quiet
 from pathalign.commands.publish import publish_command
 from pathalign.commands.space import space
 from pathalign.commands.stages import command_of, stage_command, with_subcommands
+from pathalign.commands.study import study
 from pathalign.config import ConfigError, parse_overrides, read_yaml
 from pathalign.ledger import peak_rss_mb
 from pathalign.schema import DISCLAIMER, InputError
@@ -100,6 +101,7 @@ main.add_command(stage_command("evaluate", "evaluate", "runs/evaluation"))
 main.add_command(experiment_command)
 main.add_command(publish_command)
 main.add_command(space)
+main.add_command(study)
 main.add_command(jobs.jobs)
 
 
@@ -137,7 +139,7 @@ def run_command(
 
     \b
     Stages: data, pretrain, graders, generate, grade, feedback,
-            reward, align, control, sample, evaluate
+            select, reward, align, control, sample, evaluate
 
     Experts grade in place of the simulated grader with `grade: {method: pull, source: OWNER/NAME}` in CONFIG, or with
     a folder as `source`. The run writes a study of its candidates, says how graders reach it, and waits until

@@ -29,9 +29,9 @@ from pathalign.workflow import TOP_KEYS, execute, plan
 VARIABLE = "PATHALIGN_JOB"
 RUN = "run"  # all stages
 STAGE_NAMES = (*(stage.name for stage in STAGES), SCORE.name)
-SETS = ("data", "generate", "grade", "feedback", "sample", "score")  # their results are datasets
+SETS = ("data", "generate", "grade", "feedback", "select", "sample", "score")  # their results are datasets
 FOLDER = Path("result")
-GRADED = ("grade", "feedback")  # what experts said, and about which images
+GRADED = ("grade", "feedback", "select")  # what experts said, and about which images
 REPLACEABLE = (".gitattributes", "README.md")  # what a new repo may hold
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 

@@ -23,7 +23,7 @@ import yaml
 VERDICTS = ("plausible", "implausible", "unsure")
 CHOICES = ("left", "right", "tie", "both_bad")
 MODES = ("single", "grid", "pairwise")
-DRAWN_BY = ("random", "uncertainty")
+DRAWN_BY = ("random", "uncertainty", "proposed")
 DISCLAIMER = "Synthetic images for research only. Never for diagnosis."
 # What a grader may be called wherever others read it: a role and a number, a letter or what `grading.access` makes of a
 # name. Whoever is called otherwise is numbered by exports and refused by `pathalign publish`.

@@ -1,6 +1,7 @@
 """The table of stages: what each is called, which function it is, and which earlier folders it reads.
 
-    data -> pretrain -> graders -> generate -> grade -> feedback -> reward -> align -> control -> sample -> evaluate
+    data -> pretrain -> graders -> generate -> grade -> feedback -> select -> reward -> align -> control -> sample
+         -> evaluate
 
 A stage has one step or several (`graders` fits a grader and a judge), and each step makes one folder; `align` has a
 choice of methods. Functions and settings are named here and imported when they are needed: help waits for no torch.
@@ -33,6 +34,7 @@ class Step:
         seed_offset: Added to the stage's seed.
         wanted_as: Setting of a later step that the folder is made for: if none reads it from here, it is not made.
         beside: Defaults of the stage's other steps where this one is made.
+        instead_of: Folder in whose place later steps read this one, where the configuration has its stage's section.
         from_last: Setting -> what of the round before it is filled with, from the second round on. A step that has any
             is made in every round, with new seeds; see `rounds.py`.
     """
@@ -44,6 +46,7 @@ class Step:
     seed_offset: int = 0
     wanted_as: str | None = None
     beside: Mapping[str, Any] = field(default_factory=dict)
+    instead_of: str | None = None
     from_last: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -150,6 +153,12 @@ STAGES: tuple[Stage, ...] = (
         "pathalign.feedback:build",
         "pathalign.settings.feedback:FeedbackConfig",
         (Step("feedback", {"candidates": "candidates", "grades": "grades"}),),
+    ),
+    Stage(
+        "select",
+        "pathalign.trainers.selection:select",
+        "pathalign.settings.select:SelectConfig",
+        (Step("selection", {"feedback": "feedback", "data": "data"}, wanted_as="feedback", instead_of="feedback"),),
     ),
     Stage(
         "reward",

@@ -65,6 +65,7 @@ def plan(values: Mapping[str, Any], run_dir: Path, title: str = "The configurati
         problems.append(f"`rounds` is {rounds!r}; it must be a whole number from 1 to {MOST_ROUNDS}.")
         rounds = 1
     jobs = []
+    read_instead: dict[str, str] = {}
     for stage in STAGES:
         section = values.get(stage.name) or {}
         if not isinstance(section, Mapping):
@@ -79,11 +80,16 @@ def plan(values: Mapping[str, Any], run_dir: Path, title: str = "The configurati
             stage = stage if name == names[0] else stage.by(name)
         inherited = values.get(stage.inherits or "") or {}
         for step in stage.steps:
+            inputs = {key: read_instead.get(folder, folder) for key, folder in step.inputs.items()}
+            step = replace(step, inputs=inputs)
             try:
                 config = _configure(stage, step, section, inherited, seed, run_dir)
                 jobs.append(Job(stage, step, config, run_dir / step.folder))
             except ConfigError as error:
                 problems += [f"`{stage.name}`: {text}" for text in error.problems]
+        read_instead |= {
+            step.instead_of: step.folder for step in stage.steps if step.instead_of and stage.name in values
+        }
     jobs = _only_wanted(jobs, values)
     problems += _shared_networks(jobs)
     if problems:

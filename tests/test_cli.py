@@ -33,6 +33,7 @@ COMMANDS = [
 ]
 COMMANDS += ["feedback compact", "feedback pull"]
 COMMANDS += ["space", "space deploy", "space logs", "space restart", "space pause"]
+COMMANDS += ["study", "study next", "study replay"]
 COMMANDS += ["jobs", "jobs run", "jobs logs", "jobs cancel", "jobs execute"]
 
 
@@ -296,4 +297,5 @@ def test_run_takes_rounds_and_the_grades_to_wait_for(fake_execute, tmp_path):
 
 def test_every_stage_has_a_command_or_is_one_of_another_stage():
     without = {stage.name for stage in STAGES} - set(main.commands)
-    assert without == {"graders", "control", "sample"}  # `grade fit`, `pretrain --initial-model`, `generate`
+    # `grade fit`, `pretrain --initial-model`, `generate`, `study replay`
+    assert without == {"graders", "control", "sample", "select"}

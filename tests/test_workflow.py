@@ -340,7 +340,7 @@ def test_the_real_table_reads_only_folders_that_earlier_steps_make():
         for step in stage.steps:
             assert set(step.inputs.values()) <= made, step.folder
             made.add(step.folder)
-    assert len(made) == 16  # one of them only where a method is watched
+    assert len(made) == 17  # two of them only where another step reads them
 
 
 def test_measured_images_have_other_seeds_than_graded_ones_and_than_other_runs():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def command_of(
         instead: Gets the configuration and these options; True says that there is nothing more to do.
     """
     config_class: type[StageConfig] = load(stage.settings)
+    about = cleandoc(config_class.__doc__ or "")
 
     def callback(config_file: Path | None, folder: Path | None, as_json: bool, **options: Any) -> None:
         others = {parameter.name: options.pop(parameter.name or "") for parameter in extra}
@@ -82,8 +84,8 @@ def command_of(
         name,
         params=[*extra, *shared, *setting_options(config_class)],
         callback=callback,
-        help=f"{config_class.__doc__}\n\nOptions override the values in --config. {REVISIONS} {DISCLAIMER}",
-        short_help=(config_class.__doc__ or "").split("\n")[0],
+        help=f"{about}\n\nOptions override the values in --config. {REVISIONS} {DISCLAIMER}",
+        short_help=about.split("\n")[0],
     )
 
 

@@ -19,6 +19,7 @@ from pathalign.grading.catalogue import Catalogue
 from pathalign.grading.database import Database
 from pathalign.grading.order import PAIRWISE, REPEAT, Plan, Shares
 from pathalign.grading.outbox import Outbox
+from pathalign.grading.proposals import rank_by_proposal, read_proposal
 from pathalign.grading.study import Study
 from pathalign.grading.visit import Visit
 
@@ -173,13 +174,16 @@ def for_study(
     study: Study, catalogue: Catalogue, outbox: Outbox, secret: bytes, clock: Callable[[], float]
 ) -> Assignments:
     """The desk of a study, with each grader's plan made once."""
-    by_uncertainty = study.order == "uncertainty"
-    share = study.random_share if by_uncertainty else 1.0
+    share = 1.0 if study.order == "random" else study.random_share
     drawn = order.random_sample(catalogue.candidates, share, study.seed)
     at_random = [image_id for image_id in catalogue.candidates if image_id in drawn]
     rest = catalogue.images.select([i for i, id in enumerate(catalogue.candidates) if id not in drawn])
-    cache = outbox.database.path.with_name(REWARDS_NAME)
-    ranked = order.rank_by_uncertainty(rest, study.reward_model, cache) if study.reward_model else []
+    ranked: list[str] = []
+    if study.order == "uncertainty" and study.reward_model:
+        ranked = order.rank_by_uncertainty(rest, study.reward_model, outbox.database.path.with_name(REWARDS_NAME))
+    elif study.order == "proposed" and study.proposal:
+        proposed = read_proposal(study.proposal)
+        ranked = rank_by_proposal(rest.image_ids, proposed, set(catalogue.candidates), study.seed, study.proposal)
     labels = {image_id: catalogue.labels[image_id] for image_id in catalogue.candidates}
     pairs = order.draw_pairs(labels, study.pairs_per_class, study.seed) if PAIRWISE in study.modes else []
 

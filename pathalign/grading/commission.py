@@ -22,7 +22,7 @@ from pathalign.schema import RunRecord
 from pathalign.settings.pull import STUDY, CollectConfig
 
 SINK = "expert_grades"
-PATHS = ("references", "reward_model", "rubric")  # keys of a study that may name what stands beside it
+PATHS = ("references", "reward_model", "proposal", "rubric")  # keys of a study that may name what stands beside it
 HEADER = """\
 # Written by `pathalign run` for the graders of its candidates, and not written again: add `graders`, `owners`,
 # `instructions` and texts of the `classes` before grading starts. All keys: pathalign/grading/study.py.

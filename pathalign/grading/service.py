@@ -331,7 +331,8 @@ class GradingService:
             about |= {"left_image_id": left, "right_image_id": right, "class_label": self.catalogue.labels[left]}
         else:
             about |= {"image_id": showing.unit, "class_label": self.catalogue.labels[showing.unit]}
-            about["drawn_by"] = DRAWN_BY[self.assignments.sorts[showing.unit] == order.UNCERTAINTY]
+            by_model = self.assignments.sorts[showing.unit] == order.UNCERTAINTY
+            about["drawn_by"] = self.study.order if by_model else DRAWN_BY[0]
         kept = kept_row(row, about)
         return Answer(answer_id, grader, showing.item_id, asdict(kept)), replace(showing, mode=row["mode"])
 

@@ -20,6 +20,7 @@ from pathalign.schema import MODES, PSEUDONYM, PSEUDONYMS_WANTED, VERDICTS, Inpu
 SECRET_VARIABLE = "PATHALIGN_STUDY_SECRET"
 SHORTEST_SECRET = 16  # characters
 LARGEST_HIDDEN_SHARE = 0.5
+_PATHS = ("candidates", "references", "reward_model", "proposal", "rubric", "sink")  # may stand beside the study
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,11 @@ class Study(StageConfig):
     graders_per_image: int = option(
         1, "Graders that judge each candidate; controls may have more.", minimum=1, maximum=100
     )
-    order: Literal["random", "uncertainty"] = option("random", "Which images come first.")
+    order: Literal["random", "uncertainty", "proposed"] = option("random", "Which images come first.")
     reward_model: str | None = option(None, "Reward model whose uncertainty orders the images: folder or Hub id.")
+    proposal: str | None = option(None, "File `next.json` of `pathalign study next`, for `order: proposed`.")
     random_share: float = option(
-        0.2, "Share drawn at random under `order: uncertainty`, for unbiased figures.", minimum=0.2, maximum=1.0
+        0.2, "Share drawn at random under the other orders too, for unbiased figures.", minimum=0.2, maximum=1.0
     )
     modes: list[str] = option(list(MODES), "Ways of grading that the page offers; the first one opens.")
     grid_size: int = option(20, "Most images in a grid.", minimum=2, maximum=60)
@@ -224,7 +226,7 @@ def _create_private(path: Path, content: str) -> None:
 
 def _beside(folder: Path, key: str, value: Any) -> Any:
     """A path as it is meant: beside the study if it is there, or if it is yet to be made."""
-    if key not in ("candidates", "references", "reward_model", "rubric", "sink") or not isinstance(value, str):
+    if key not in _PATHS or not isinstance(value, str):
         return value
     if key == "sink":
         return value if "://" in value else str((folder / Path(value).expanduser()).absolute())
@@ -307,12 +309,18 @@ def _hidden_problems(study: Study) -> list[str]:
 
 
 def _order_problems(study: Study) -> list[str]:
-    if (study.order == "uncertainty") != (study.reward_model is not None):
-        return [
-            "`order: uncertainty` and `reward_model` belong together: "
-            + ("name the reward model." if study.reward_model is None else "set `order`, or leave out `reward_model`.")
-        ]
-    return []
+    problems = []
+    if study.order == "uncertainty" and study.reward_model is None:
+        problems.append("`order: uncertainty` needs `reward_model`: name the reward model.")
+    if study.order == "random" and study.reward_model is not None:
+        problems.append(
+            "`reward_model` is for `order: uncertainty` or `proposed`: set `order`, or leave out `reward_model`."
+        )
+    if study.order == "proposed" and study.proposal is None:
+        problems.append("`order: proposed` needs `proposal`: make a next.json by `pathalign study next` and name it.")
+    if study.order != "proposed" and study.proposal is not None:
+        problems.append("`proposal` is for `order: proposed`: set `order`, or leave out `proposal`.")
+    return problems
 
 
 def _sink_problems(study: Study) -> list[str]:
@@ -334,6 +342,6 @@ _CHECKS = (
     (("graders",), _people_problems),
     (("modes", "reason_for", "owners"), _choice_problems),
     (("references", "real_control_share", "repeat_share"), _hidden_problems),
-    (("order", "reward_model"), _order_problems),
+    (("order", "reward_model", "proposal"), _order_problems),
     (("sink",), _sink_problems),
 )

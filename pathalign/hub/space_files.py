@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from pathalign.config import read_yaml
+from pathalign.grading.proposals import NEXT, only_ids
 from pathalign.grading.sinks import HUB_PREFIX
 from pathalign.grading.study import Study
 from pathalign.progress import say
@@ -79,6 +80,8 @@ def collect_files(page: Path, study_path: Path, dataset: str, package: str | Non
     values = read_yaml(study_path) | {"sink": HUB_PREFIX + dataset}
     if isinstance(values.get("rubric"), str) and isinstance(study.rubric, str) and Path(study.rubric).is_file():
         values["rubric"] = yaml.safe_load(Path(study.rubric).read_text())
+    if study.proposal is not None:
+        values["proposal"], contents[NEXT] = NEXT, only_ids(study.proposal)
     travelling, inputs = _images(study)
     for key, folder in travelling.items():
         values[key] = key
