@@ -122,7 +122,8 @@ def save(unet: UNet2DConditionModel, folder: Path, class_names: Sequence[str] = 
         unet_lora_layers={name: tensor.detach().contiguous() for name, tensor in weights.items()},
         unet_lora_adapter_metadata={**metadata, "target_modules": sorted(metadata["target_modules"])},
     )
-    layer, own = unet.class_embedding, {BASE_KEY: base_hash(unet)}
+    layer = unet.class_embedding
+    own: dict[str, Any] = {BASE_KEY: base_hash(unet)}
     if isinstance(layer, ConceptEmbedding) and (concepts := layer.concepts.get(ADAPTER_NAME)):
         own |= {CONCEPTS_KEY: [(name, class_names[parent]) for name, parent in concepts]}
     _finish_header(folder / WEIGHTS_NAME, own)

@@ -21,7 +21,7 @@ from PIL import Image
 try:  # needed by adapters only
     from peft.tuners.tuners_utils import BaseTunerLayer
 except ImportError:
-    BaseTunerLayer = object  # type: ignore[assignment, misc]
+    BaseTunerLayer = object
 
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 BASE_KEY = "base.unet_sha256"  # in the metadata of an adapter; diffusers reads the keys that begin with `unet.`
@@ -48,6 +48,8 @@ class ConceptEmbedding(torch.nn.Module, BaseTunerLayer):
 
     adapter_layer_names = (CONCEPT_WEIGHTS,)
     other_param_names = ("concepts", "scaling")
+    active_adapters: Any  # of peft's layers, like `disable_adapters` and `set_adapter`
+    set_adapter: Any
 
     def __init__(self, base_layer: torch.nn.Embedding) -> None:
         super().__init__()
@@ -62,19 +64,13 @@ class ConceptEmbedding(torch.nn.Module, BaseTunerLayer):
     def add(
         cls, unet: UNet2DConditionModel, adapter: str, concepts: Sequence[tuple[str, int]], offsets: torch.Tensor
     ) -> None:
-        """Give an adapter that a UNet already has its concepts.
-
-        Args:
-            unet: Changed in place.
-            adapter: Name of the adapter.
-            concepts: Name and parent's id of each.
-            offsets: Shape `(len(concepts), width)`.
+        """Give an adapter of `unet` its concepts: name and parent's id of each, offsets of shape `(n, width)`.
 
         Raises:
             ValueError: If another adapter has such a concept with another parent.
         """
         layer = unet.class_embedding
-        others = {} if not isinstance(layer, cls) else layer.concepts
+        others = layer.concepts if isinstance(layer, cls) else {}
         known = {name: parent for key, entries in others.items() if key != adapter for name, parent in entries}
         if clash := [name for name, parent in concepts if known.get(name, parent) != parent]:
             raise ValueError(f"Another adapter has {clash[0]!r} with another parent; delete that adapter first.")
@@ -111,24 +107,20 @@ class ConceptEmbedding(torch.nn.Module, BaseTunerLayer):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Strength of an adapter's offsets."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale
+        self.scaling[adapter] = scale
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters."""
-        for name in self.active_adapters:
-            self.set_scale(name, self.scaling.get(name, 1.0) * scale)
+        self.scaling |= {name: scale * self.scaling.get(name, 1.0) for name in self.active_adapters}
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Undo `scale_layer`; without a number strengths are 1 again."""
-        for name in self.active_adapters:
-            self.set_scale(name, self.scaling.get(name, 1.0) / scale if scale else 1.0)
+        self.scaling |= {name: self.scaling.get(name, 1.0) / scale if scale else 1.0 for name in self.active_adapters}
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing to do: rows are added to a table, not to the weights of the base model."""
+        """Nothing to do, as in `unmerge`: rows are added to a table, not to the weights of the base model."""
 
-    def unmerge(self) -> None:
-        """Nothing to do."""
+    unmerge = merge
 
 
 class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
@@ -172,6 +164,11 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         layer, names = self.unet.class_embedding, self.base_class_names
         parents = layer.parents if isinstance(layer, ConceptEmbedding) else {}
         return {name: names[parent] for name, parent in parents.items()}
+
+    @property
+    def judged_names(self) -> list[str]:
+        """What the images of each class are judged as, in the order of the ids: a concept as its parent."""
+        return [*self.base_class_names, *self.concepts.values()]
 
     def class_ids(self, class_labels: str | int | Sequence[str | int]) -> torch.Tensor:
         """Class names or ids to ids, shape `(n,)`, int64.

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pathalign.settings.adapter import AdapterConfig, GuardedConfig
+from pathalign.settings.concepts import ConceptsConfig
 from pathalign.settings.ddpo import DDPOConfig
 from pathalign.settings.dpo import DPOConfig
 from pathalign.settings.draft import DraftConfig
 from pathalign.settings.reward_weighted import RewardWeightedConfig
+from pathalign.settings.subtypes import subtype_rule
 from pathalign.trainers.ddpo import PROBED_STEPS
 
 
@@ -151,10 +153,30 @@ def dpo(config: DPOConfig, classes: int) -> Work:
     )
 
 
+def concepts(config: ConceptsConfig, classes: int) -> Work:
+    """Images of the split classes by the base model, steps, and images of all classes before and after.
+
+    Which classes the feedback splits is not known yet: without `subtypes` it is taken for one, in two.
+    """
+    rules = [subtype_rule(text) for text in config.subtypes]
+    split = len({rule.class_name for rule in rules}) or 1
+    new = len({(rule.class_name, rule.subtype) for rule in rules}) or 2
+    drawn = split * config.images_per_class + (2 * classes + new) * config.check_images_per_class
+    batch = (1 + new * (config.contrast > 0)) * config.batch_size + real_images(config)
+    return Work(
+        forward=drawn * config.inference_steps * passes(config.guidance_scale),
+        backward=config.steps * batch,
+        decoded=drawn,
+        encoded=config.steps * batch,
+        graph=batch,
+    )
+
+
 _METHODS: dict[str, Callable[..., Work]] = {
     "reward-weighted": reward_weighted,
     "ddpo": ddpo,
     "grpo": ddpo,
     "draft": draft,
     "dpo": dpo,
+    "concepts": concepts,
 }
