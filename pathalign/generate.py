@@ -73,6 +73,11 @@ def set_scheduler(pipeline: BaseModel, name: str) -> None:
     pipeline.scheduler = SCHEDULERS[name].from_config(pipeline.scheduler.config)
 
 
+def judged_names(pipeline: BaseModel) -> list[str]:
+    """What the images of each class are judged as, in the order of the ids: a concept as the class it came from."""
+    return [pipeline.concepts.get(name, name) for name in pipeline.class_names]
+
+
 def sample(
     pipeline: BaseModel,
     class_ids: Sequence[int],
@@ -176,7 +181,7 @@ def _draw_rows(
     if reward_model is not None:
         columns["reward"] = _reordered([reward for part in parts for reward in part["rewards"]], order)
     images = torch.cat([part["images"] for part in parts])[order]
-    names, judged = pipeline.class_names, pipeline.judged_names
+    names, judged = pipeline.class_names, judged_names(pipeline)
     class_names = [name for name in names if name not in pipeline.concepts]
     asked = [labels[row] for row in rows]
     if len(class_names) <= max(labels):
@@ -251,7 +256,7 @@ def _best_batch(
         seeds = [first_seed + index + attempt * SEEDS_PER_ATTEMPT for index in range(len(class_ids))]
         images = sample(pipeline, class_ids, seeds, sampling.inference_steps, sampling.guidance_scale)
         rewards = (
-            score(reward_model, images, class_ids, pipeline.judged_names) if reward_model else torch.zeros(len(seeds))
+            score(reward_model, images, class_ids, judged_names(pipeline)) if reward_model else torch.zeros(len(seeds))
         )
         if not best:
             best = {"images": images, "seeds": seeds, "rewards": rewards.tolist()}

@@ -40,10 +40,8 @@ class ConceptEmbedding(torch.nn.Module, BaseTunerLayer):
 
     A concept's row is its parent's row plus an offset, which is scaled with the adapter: an adapter that is disabled or
     has the weight 0 leaves the parent. Concepts of active adapters come after the base model's classes; the last row of
-    the table is "no class" as before. To diffusers this is one more layer of the adapters.
-
-    Args:
-        base_layer: The embedding of the base model, `(classes + 1, width)`; it stays as it is.
+    the table is "no class" as before. To diffusers this is one more layer of the adapters, on the base model's own
+    embedding, `(classes + 1, width)`.
     """
 
     adapter_layer_names = (CONCEPT_WEIGHTS,)
@@ -70,8 +68,8 @@ class ConceptEmbedding(torch.nn.Module, BaseTunerLayer):
             ValueError: If another adapter has such a concept with another parent.
         """
         layer = unet.class_embedding
-        others = layer.concepts if isinstance(layer, cls) else {}
-        known = {name: parent for key, entries in others.items() if key != adapter for name, parent in entries}
+        others = layer.concepts.items() if isinstance(layer, cls) else ()
+        known = {name: parent for key, entries in others if key != adapter for name, parent in entries}
         if clash := [name for name, parent in concepts if known.get(name, parent) != parent]:
             raise ValueError(f"Another adapter has {clash[0]!r} with another parent; delete that adapter first.")
         tuners = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
@@ -79,8 +77,7 @@ class ConceptEmbedding(torch.nn.Module, BaseTunerLayer):
             layer = cls(layer)
             del unet.class_embedding  # last among the modules: diffusers asks the first layer which adapters there are
             unet.class_embedding = layer
-        weight = layer.base_layer.weight
-        layer.lora_concepts[adapter] = torch.nn.Parameter(offsets.detach().clone().to(weight.device, weight.dtype))
+        layer.lora_concepts[adapter] = torch.nn.Parameter(offsets.detach().clone().to(layer.base_layer.weight))
         layer.concepts[adapter], layer.scaling[adapter] = list(concepts), 1.0
         layer.set_adapter(list(tuners[0].active_adapters))
 
@@ -127,8 +124,7 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
     """Draws images of given classes with a `UNet2DConditionModel` that has class embeddings and no text.
 
     The UNet's last class embedding stands for "no class" and serves classifier-free guidance (arXiv:2207.12598).
-    Adapters may bring concepts, new classes split off from a parent, which are asked for by their names as long as the
-    adapter is active.
+    Adapters may bring concepts, new classes split off from a parent, known by name while the adapter is active.
     Images are synthetic: for research only, never for diagnosis.
 
     Args:
@@ -164,11 +160,6 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         layer, names = self.unet.class_embedding, self.base_class_names
         parents = layer.parents if isinstance(layer, ConceptEmbedding) else {}
         return {name: names[parent] for name, parent in parents.items()}
-
-    @property
-    def judged_names(self) -> list[str]:
-        """What the images of each class are judged as, in the order of the ids: a concept as its parent."""
-        return [*self.base_class_names, *self.concepts.values()]
 
     def class_ids(self, class_labels: str | int | Sequence[str | int]) -> torch.Tensor:
         """Class names or ids to ids, shape `(n,)`, int64.
@@ -323,13 +314,11 @@ def concept_ids(
     """Concepts as an adapter's metadata name them, with the ids of their parents.
 
     Raises:
-        ValueError: If a parent is no class of the base model, a name is one already, or the offsets do not fit.
+        ValueError: If a parent is no class here, a name is one already, or the offsets do not fit.
     """
-    wanted = (len(named), unet.class_embedding.weight.shape[1])
-    if tuple(offsets.shape) != wanted:
-        raise ValueError(f"The adapter's concepts have offsets of shape {tuple(offsets.shape)}, not {wanted}.")
+    fits = tuple(offsets.shape) == (len(named), unet.class_embedding.weight.shape[1])
     for name, parent in named:
-        if parent not in class_names or name in class_names:
+        if not fits or parent not in class_names or name in class_names:
             raise ValueError(
                 f"The adapter's concept {name!r} of {parent!r} does not fit this model, whose classes are "
                 f"{list(class_names)}; load the base model that it was trained on."

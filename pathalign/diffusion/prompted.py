@@ -34,11 +34,6 @@ class PromptPipeline(StableDiffusionPipeline):
         """None: new classes are rows of a class embedding, and this model has words."""
         return {}
 
-    @property
-    def judged_names(self) -> list[str]:
-        """What the images of each class are judged as, in the order of the ids."""
-        return self.class_names
-
     def prompts(self) -> list[str]:
         """The prompt of each class, in the order of their ids."""
         return [prompt_for(name, self.template) for name in self.class_names]

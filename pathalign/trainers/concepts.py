@@ -24,7 +24,7 @@ from torch import Tensor
 from pathalign.artefacts import artefact, fingerprint
 from pathalign.diffusion import lora
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
-from pathalign.generate import Sampling, draw, score, set_scheduler
+from pathalign.generate import Sampling, draw, judged_names, score, set_scheduler
 from pathalign.images import ImageSet, to_pixel_values
 from pathalign.pinning import pinned
 from pathalign.progress import say
@@ -222,7 +222,7 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
             parts = draw(self.pipeline, None, class_ids.tolist(), sampling, scratch_dir(self.folder, place), process)
         parts = sorted(gather_object(parts), key=lambda part: int(part["start"]))
         images = torch.cat([part["images"] for part in parts])
-        rewards = score(self.reward_model, images, class_ids.tolist(), self.pipeline.judged_names)
+        rewards = score(self.reward_model, images, class_ids.tolist(), judged_names(self.pipeline))
         if not torch.isfinite(rewards).all():
             raise InputError(f"{config.reward_model} gives rewards that are no numbers; train it again.")
         return images, rewards
@@ -231,32 +231,27 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
         """Denoising loss on images of the new classes, each as often as the next, and how badly they are told apart."""
         config, marks = self.config, self.marks
         count = config.batch_size * self.accelerator.num_processes
-        wanted = (torch.arange(count) + torch.randint(0, len(marks.concepts), (), generator=generator)) % len(
-            marks.concepts
-        )
+        first = torch.randint(0, len(marks.concepts), (), generator=generator)
+        wanted = (torch.arange(count) + first) % len(marks.concepts)
         chance = torch.rand(count, generator=generator)
-        index = torch.empty(count, dtype=torch.int64)
-        for concept in range(len(marks.concepts)):
-            rows = (pool.concept_ids == concept).nonzero()[:, 0]
-            own = wanted == concept
-            index[own] = rows[(chance[own] * len(rows)).long()]
+        rows = [(pool.concept_ids == concept).nonzero()[:, 0] for concept in wanted.tolist()]
+        index = torch.stack([own[int(share * len(own))] for own, share in zip(rows, chance.tolist(), strict=True)])
         clean, ids, noise, timesteps = self.noised(to_pixel_values(pool.images[index]), wanted, generator)
-
-        def losses(concept_ids: Tensor) -> Tensor:
-            conditions = self.conditioning(self.first_id + concept_ids)
-            return denoising_loss(self.unet, self.training_schedule, clean, conditions, noise, timesteps)
-
-        own_losses = losses(ids)
+        sisters, own = marks.families(ids.cpu())
         if config.contrast == 0:
-            return own_losses.mean(), torch.zeros((), device=self.device)
-        told = []
-        for parent in marks.parents:
-            sisters = torch.tensor(marks.sisters(parent), device=ids.device)
-            rows = torch.isin(ids, sisters)
-            if rows.any():
-                every = torch.stack([losses(torch.where(rows, sister, ids))[rows] for sister in sisters], dim=1)
-                told.append(tell_losses(every, (ids[rows][:, None] == sisters).int().argmax(1), clean[0].numel()))
-        return own_losses.mean(), torch.cat(told).mean()
+            sisters, own = ids[:, None], torch.zeros_like(ids)
+        losses = torch.stack(
+            [
+                denoising_loss(
+                    self.unet, self.training_schedule, clean, self.conditioning(self.first_id + asked), noise, timesteps
+                )
+                for asked in sisters.clamp(min=0).to(ids).unbind(1)
+            ],
+            dim=1,
+        )
+        denoised = losses.gather(1, own.to(ids)[:, None]).mean()
+        losses = losses.masked_fill((sisters < 0).to(losses.device), torch.inf)  # smaller families have no such sister
+        return denoised, tell_losses(losses, own.to(ids), clean[0].numel()).mean()
 
     def metrics(self) -> dict[str, Any]:
         """How many fresh images of each new class are recognised, and whether the parents kept their rewards."""

@@ -63,6 +63,22 @@ class Marks:
         """Indices of the concepts of one class."""
         return [index for index, concept in enumerate(self.concepts) if concept.parent == parent]
 
+    def families(self, concept_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """All sisters of each of some concepts, its own among them.
+
+        Args:
+            concept_ids: Shape `(n,)`.
+
+        Returns:
+            Ids, shape `(n, largest family)`, -1 where a family is smaller; and the own one's place, shape `(n,)`.
+        """
+        found = {parent: self.sisters(parent) for parent in self.parents}
+        width = max(map(len, found.values()))
+        rows = [found[concept.parent] for concept in self.concepts]
+        table = torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+        places = torch.tensor([row.index(index) for index, row in enumerate(rows)])
+        return table[concept_ids], places[concept_ids]
+
     @property
     def parents(self) -> list[str]:
         """The classes that are split."""

@@ -6,6 +6,7 @@ forward and backward passes of training.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -158,11 +159,11 @@ def concepts(config: ConceptsConfig, classes: int) -> Work:
 
     Which classes the feedback splits is not known yet: without `subtypes` it is taken for one, in two.
     """
-    rules = [subtype_rule(text) for text in config.subtypes]
-    split = len({rule.class_name for rule in rules}) or 1
-    new = len({(rule.class_name, rule.subtype) for rule in rules}) or 2
-    drawn = split * config.images_per_class + (2 * classes + new) * config.check_images_per_class
-    batch = (1 + new * (config.contrast > 0)) * config.batch_size + real_images(config)
+    new = {(rule.class_name, rule.subtype) for rule in map(subtype_rule, config.subtypes)}
+    families = Counter(class_name for class_name, _ in new) or Counter(one=2)
+    drawn = len(families) * config.images_per_class + (2 * classes + families.total()) * config.check_images_per_class
+    asked = max(families.values()) if config.contrast > 0 else 1
+    batch = asked * config.batch_size + real_images(config)
     return Work(
         forward=drawn * config.inference_steps * passes(config.guidance_scale),
         backward=config.steps * batch,
