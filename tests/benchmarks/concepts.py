@@ -9,10 +9,10 @@ Takes a run of `pathalign run` or `demo` with data, base, reward and judge (real
    classes' nuclei as a help; its accuracy on the other test images stands beside all that it says and bounds it;
 2. splits the class with `align --method concepts`, marks being the expert attribute of real training images;
 3. draws band and segmented neutrophils and, with the same seeds before and after, all classes;
-4. prints one JSON object: the judge's share of right subtypes, its accuracy on unseen real images, and the plausible share
-   of the parents before and after by the run's own judge, with a paired interval.
-What is finished is not done again. The subtype judge is only asked at the end: settings are chosen by the classifier of the
-marks, see `recognised` in the adapter's run.json. All marks here are the experts' of WBCAtt, none is simulated.
+4. prints one JSON object: the judge's share of right subtypes, its accuracy on unseen real images, and the plausible
+   share of the parents before and after by the run's own judge, with a paired interval.
+What is finished is not done again. The subtype judge is only asked at the end: settings are chosen by the classifier of
+the marks, see `recognised` in the adapter's run.json. All marks here are the experts' of WBCAtt, none is simulated.
 """
 
 from __future__ import annotations
