@@ -31,7 +31,8 @@ def build(config: FeedbackConfig, output_dir: str | Path) -> RunRecord:
     """Write a feedback dataset: the splits `train`, `validation` and `test`, and `agreement.json`.
 
     Columns: `plausible` (0..1), `majority` (`plausible` above one half), `n_grades`, `failed_<criterion>` (share of the
-    counted graders) and the candidate's `seed`. Real controls count for agreement only; they are in no split.
+    counted graders), `subtype` (see `agreed_subtypes`, else empty) and the candidate's `seed`. Real controls count for
+    agreement only; they are in no split.
 
     Args:
         config: What to read and how to count.
@@ -50,6 +51,8 @@ def build(config: FeedbackConfig, output_dir: str | Path) -> RunRecord:
     plausible = aggregate(ratings, config.aggregation)
     control = _is_kind(REAL_CONTROL, candidates, ratings)
     images = label(candidates, ratings, np.where(control, np.nan, plausible), config.min_grades_per_image)
+    marks = agreed_subtypes(current.grades)
+    images.columns["subtype"] = [marks.get(image_id, "") for image_id in images.image_ids]
     splits = split(images, config)
     controls = plausible[control & ~np.isnan(plausible)] > 0.5
     repeats = _is_kind(REPEAT, candidates, ratings)
@@ -61,6 +64,7 @@ def build(config: FeedbackConfig, output_dir: str | Path) -> RunRecord:
         "simulated": report["simulated"],
         "n": len(images),
         "plausible_share": float(np.mean(images.columns["majority"])),
+        "subtype_marks": sum(map(bool, images.columns["subtype"])),
         "splits": {name: _split_counts(part) for name, part in splits.items()},
         **{name: report[name] for name in ("n_grades", "n_graders", "krippendorff_alpha", "left_out")},
     }
@@ -193,6 +197,21 @@ def label(candidates: ImageSet, ratings: Ratings, plausible: np.ndarray, minimum
         columns[f"failed_{name}"] = ((table & counted).sum(axis=0)[kept] / n_grades[kept]).tolist()
     columns |= {name: images.columns[name] for name in ("seed", "kind") if name in images.columns}
     return replace(images, columns=columns)
+
+
+def agreed_subtypes(grades: Sequence[Grade]) -> dict[str, str]:
+    """Subtype of each image that more than half of those who marked one agree on; other images are left out.
+
+    Args:
+        grades: Oldest first; of several by one grader on one image the last one counts.
+    """
+    last = {(grade.image_id, grade.grader): (grade.subtype or "").strip() for grade in grades}
+    votes: dict[str, Counter[str]] = {}
+    for (image_id, _), mark in last.items():
+        if mark:
+            votes.setdefault(image_id, Counter())[mark] += 1
+    first = {image_id: counts.most_common(1)[0] for image_id, counts in votes.items()}
+    return {image_id: mark for image_id, (mark, count) in first.items() if 2 * count > votes[image_id].total()}
 
 
 def split(images: ImageSet, config: FeedbackConfig) -> dict[str, ImageSet]:

@@ -73,6 +73,11 @@ def set_scheduler(pipeline: BaseModel, name: str) -> None:
     pipeline.scheduler = SCHEDULERS[name].from_config(pipeline.scheduler.config)
 
 
+def judged_names(pipeline: BaseModel) -> list[str]:
+    """What the images of each class are judged as, in the order of the ids: a concept as the class it came from."""
+    return [pipeline.concepts.get(name, name) for name in pipeline.class_names]
+
+
 def sample(
     pipeline: BaseModel,
     class_ids: Sequence[int],
@@ -96,6 +101,8 @@ def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
     """Sample a candidate set; batches and shards that an interrupted call finished are kept.
 
     Several processes share the shards of `images_per_shard` images; each draws its own without waiting for others.
+    Concepts that the adapter brings are drawn where `classes` names them. Their images bear the label of their parent,
+    as whose they are judged, and the column `concept` says which they are.
 
     Raises:
         InputError: If the pipeline, adapter or reward model cannot be loaded, or a class is unknown.
@@ -104,11 +111,11 @@ def generate(config: GenerateConfig, output_dir: str | Path) -> RunRecord:
     device = Process.current().device()
     pipeline = load_base(config.model, config.revision, config.classes, config.prompt, device)
     names = config.classes or pipeline.class_names
+    if config.adapter is not None:
+        lora.load(pipeline, config.adapter, config.adapter_scale, any_base=config.any_base)
     for name in names:
         if name not in pipeline.class_names:
             raise InputError(unknown_name("class", name, pipeline.class_names))
-    if config.adapter is not None:
-        lora.load(pipeline, config.adapter, config.adapter_scale, any_base=config.any_base)
     set_scheduler(pipeline, config.scheduler)
     reward_model = load_reward_model(config.reward_model).to(device) if config.reward_model else None
     labels = [pipeline.class_names.index(name) for name in names for _ in range(config.images_per_class)]
@@ -174,7 +181,13 @@ def _draw_rows(
     if reward_model is not None:
         columns["reward"] = _reordered([reward for part in parts for reward in part["rewards"]], order)
     images = torch.cat([part["images"] for part in parts])[order]
-    return ImageSet.build(images, torch.tensor([labels[row] for row in rows]), pipeline.class_names, columns)
+    names, judged = pipeline.class_names, judged_names(pipeline)
+    class_names = [name for name in names if name not in pipeline.concepts]
+    asked = [labels[row] for row in rows]
+    if len(class_names) <= max(labels):
+        columns["concept"] = [names[label] if names[label] in pipeline.concepts else "" for label in asked]
+    parents = torch.tensor([class_names.index(judged[label]) for label in asked])
+    return ImageSet.build(images, parents, class_names, columns)
 
 
 def _images_of(rows: Sequence[int], paths: Sequence[Path], size: int) -> Tensor:
@@ -243,7 +256,7 @@ def _best_batch(
         seeds = [first_seed + index + attempt * SEEDS_PER_ATTEMPT for index in range(len(class_ids))]
         images = sample(pipeline, class_ids, seeds, sampling.inference_steps, sampling.guidance_scale)
         rewards = (
-            score(reward_model, images, class_ids, pipeline.class_names) if reward_model else torch.zeros(len(seeds))
+            score(reward_model, images, class_ids, judged_names(pipeline)) if reward_model else torch.zeros(len(seeds))
         )
         if not best:
             best = {"images": images, "seeds": seeds, "rewards": rewards.tolist()}

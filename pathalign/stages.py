@@ -107,6 +107,7 @@ METHODS = (
     Method("grpo", "pathalign.trainers.ddpo:align", "pathalign.settings.ddpo:GRPOConfig"),
     Method("draft", "pathalign.trainers.draft:align", "pathalign.settings.draft:DraftConfig"),
     Method("dpo", "pathalign.trainers.dpo:align", "pathalign.settings.dpo:DPOConfig"),
+    Method("concepts", "pathalign.trainers.concepts:align", "pathalign.settings.concepts:ConceptsConfig"),
 )
 PULL = "pull"  # the method by which experts grade
 GRADE_METHODS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,15 @@ from torch import nn
 from pathalign.cli import main
 from pathalign.diffusion.flops import profile
 from pathalign.generate import load_pipeline
+from pathalign.settings.concepts import ConceptsConfig
 from pathalign.settings.ddpo import DDPOConfig
 from pathalign.settings.pretrain import PretrainConfig
 from pathalign.stages import METHODS, load
+from pathalign.trainers import concepts
 from pathalign.trainers.ddpo import DDPOTrainer
 from pathalign.trainers.dpo import DPOTrainer
 from pathalign.trainers.draft import DraftTrainer
+from pathalign.trainers.marks import collect_marks
 from pathalign.trainers.pretrain import new_pipeline
 from pathalign.trainers.reward_weighted import RewardWeightedTrainer
 from pathalign.trainers.usage import Usage
@@ -46,6 +50,7 @@ RUNS = [
     ("draft", ONLINE | {"variant": "lv", "lv_samples": 2, "gradient_checkpointing": True, "beta": 0.0}),
     ("dpo", ONLINE | {"pairs_per_epoch": 3, "passes": 2, "beta": 0.5, "real_batch_size": 4}),
 ]
+SPLIT = ["a:shade:dark=dark", "a:shade:light=light", "b:shade:dark=dark", "b:shade:light=light"]
 TRAINERS = {"reward-weighted": RewardWeightedTrainer, "ddpo": DDPOTrainer, "grpo": DDPOTrainer, "draft": DraftTrainer}
 
 
@@ -61,6 +66,36 @@ def test_a_run_asks_the_unet_as_often_as_is_said(base, tiny_images, tmp_path, mo
     work = work_of(config, len(CLASSES))
     assert usage.backwards == work.backward
     assert usage.forwards == work.forward + work.backward  # a training pass goes forward too
+
+
+@pytest.mark.parametrize("options", [{"contrast": 0.1, "guidance_scale": 2.0}, {"beta": 0.0, "subtypes": SPLIT[:2]}])
+def test_splitting_classes_asks_the_unet_as_often_as_is_said(base, tiny_images, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(concepts, "load_encoder", lambda *_, **__: ColourMeans())
+    shades = [("dark", "light")[index // 3 % 2] for index in range(len(tiny_images))]
+    images = replace(tiny_images, columns={"shade": shades})
+    options = {"subtypes": SPLIT, "real_batch_size": 4} | options
+    config = ConceptsConfig(
+        base_model=str(base), images_per_class=3, inference_steps=3, batch_size=6, lora_rank=2, steps=2,
+        check_images_per_class=2, **options,
+    )  # fmt: skip
+    pipeline = load_pipeline(str(base))
+    usage = Usage(pipeline.unet, config, torch.device("cpu"))
+    marks = collect_marks(config, images, pipeline.class_names)
+    concepts.ConceptsTrainer(pipeline, Brightness(), images, config, tmp_path, marks).train()
+    work = work_of(config, len(CLASSES))
+    assert usage.backwards == work.backward
+    assert usage.forwards == work.forward + work.backward
+
+
+class ColourMeans(torch.nn.Module):
+    """An encoder that has nothing to load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values.mean(dim=(2, 3))
 
 
 def test_checks_come_before_the_first_epoch_every_few_and_at_the_end():

@@ -363,6 +363,7 @@ def test_the_dataset_holds_each_graded_image_once_with_its_shares(workplace, can
         "n_grades": 3,
         "failed_class": pytest.approx(1 / 3),
         "failed_nucleus_shape": pytest.approx(2 / 3),
+        "subtype": "",
         "seed": 0,
         "kind": "synthetic",
     }
@@ -412,6 +413,28 @@ def test_agreement_is_written_with_intervals_and_says_if_it_is_simulated(workpla
     assert report["fleiss_kappa"]["ci"][0] < report["krippendorff_alpha"]["value"] < report["fleiss_kappa"]["ci"][1]
     assert report["graders"]["ann"]["plausible_share"] == pytest.approx(53 / 80)
     assert report["graders"]["ann"]["intra_rater_kappa"] == {"value": None, "ci": None, "n": 0}
+
+
+def test_a_subtype_is_what_most_of_those_who_marked_one_agree_on(workplace, grades):
+    marks = {
+        ("ann", 1): "band",
+        ("bob", 1): "band",
+        ("cem", 1): "segmented",
+        ("ann", 2): "band",
+        ("bob", 2): "segmented",
+    }
+    marks |= {("cem", 4): " segmented "}
+    rows = [replace(row, subtype=marks.get((row.grader, int(row.grade_id.split("-")[1])))) for row in grades]
+    second = replace(
+        rows[3], grade_id="again", subtype="segmented", recorded_at="2026-03-01T10:00:00Z"
+    )  # ann's of image 1
+    record = build(config_for(workplace, rows), workplace / "feedback")
+    assert record.metrics["subtype_marks"] == 2
+    found = {image_id: row["subtype"] for image_id, row in rows_by_id(workplace / "feedback").items()}
+    ids = ImageSet.load(workplace / "candidates").image_ids
+    assert {name: mark for name, mark in found.items() if mark} == {ids[1]: "band", ids[4]: "segmented"}
+    build(config_for(workplace, [*rows, second]), workplace / "again")
+    assert rows_by_id(workplace / "again")[ids[1]]["subtype"] == "segmented"
 
 
 def test_a_second_look_measures_the_grader_and_replaces_the_first(workplace, grades):

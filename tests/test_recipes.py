@@ -35,7 +35,7 @@ FILES = {
 }
 # Reward models of the policy trainers: their folder, and that of the step in a run by such a method.
 GUARD_FILES = {"train_reward_even": ("reward_even", "reward"), "train_held_out_reward": ("held_out_reward",) * 2}
-METHOD_FILES = {f"finetune_{name}": name for name in ("ddpo", "grpo", "draft", "dpo")}
+METHOD_FILES = {f"finetune_{name}": name for name in ("ddpo", "grpo", "draft", "dpo", "concepts")}
 GPU_FILES = ["multi-gpu/accelerate", "multi-gpu/finetune_ddpo", "multi-node/accelerate", "multi-node/finetune_ddpo"]
 GPU_FILES += ["single-gpu/finetune_ddpo", "multi-node/generate_shards", "multi-node/score_shards"]
 METHODS_BY_NAME = {method.name: method for method in METHODS}
@@ -83,10 +83,11 @@ def test_a_methods_configuration_is_accepted_and_has_a_folder_of_its_own(path):
     config = build(load(METHODS_BY_NAME[name].settings), values)
     if path.parent.name not in ("smoke", "reference"):
         return
-    rewards = config.reward_model, config.held_out_reward_model
-    assert (*rewards, config.data) == (f"{run_dir}/reward_even", f"{run_dir}/held_out_reward", f"{run_dir}/data")
+    assert (config.reward_model, config.data) == (f"{run_dir}/reward_even", f"{run_dir}/data")
+    if name != "concepts":
+        assert config.held_out_reward_model == f"{run_dir}/held_out_reward"
     if path.parent.name == "reference":  # all else as it is by default
-        inputs = {"base_model", "reward_model", "held_out_reward_model", "data", "feedback"}
+        inputs = {"base_model", "reward_model", "held_out_reward_model", "data", "feedback", "subtypes"}
         plain = asdict(type(config)())
         assert {key: value for key, value in asdict(config).items() if key not in inputs} == {
             key: value for key, value in plain.items() if key not in inputs
@@ -140,7 +141,7 @@ def test_the_guard_and_what_it_guards_are_those_of_a_run_by_a_policy_trainer(pat
 
 def test_every_script_is_in_the_table_and_in_the_smoke_run():
     scripts = sorted(path.name for path in (PROJECT / "training").glob("*.py"))
-    assert len(scripts) == 10
+    assert len(scripts) == 11
     table = (PROJECT / "training" / "README.md").read_text()
     smoke = (PROJECT / "training" / "run_smoke.sh").read_text()
     looped = re.search(r"for method in (.*?);", smoke)[1].split()

@@ -300,3 +300,36 @@ def test_on_real_cells_grader_and_judge_accept_true_labels_only_and_share_no_ima
         assert result["n"] >= 500
         assert result["accepts_real"] >= 0.85, role
         assert result["accepts_mislabelled"] <= 0.05, role
+
+
+SHAPES = ["neutrophil:nucleus_shape:band=unsegmented-band"]
+SHAPES += ["neutrophil:nucleus_shape:segmented=segmented-bilobed+segmented-multilobed"]
+
+
+def test_subtypes_are_marked_by_the_attribute_that_the_grader_sees(fitted, grader, unseen, tmp_path):
+    unseen.save(tmp_path / "cells")
+    options = {"subtypes": SHAPES, "graders": 2}
+    rows = grades_of(tmp_path / "cells", fitted, tmp_path / "all", **options)
+    plausible = [row for row in rows if row["verdict"] == "plausible" and row["class_label"] == "neutrophil"]
+    assert len(plausible) > 10
+    marked = {row["grade_id"] for row in rows if row["subtype"]}
+    assert marked == {row["grade_id"] for row in plausible}
+    shares = grader.attribute(unseen.pixel_values(), "nucleus_shape")
+    values = grader.attributes["nucleus_shape"]
+    for row in plausible:
+        own = dict(zip(values, shares[unseen.image_ids.index(row["image_id"])].tolist(), strict=True))
+        segmented = own["segmented-bilobed"] + own["segmented-multilobed"]
+        assert row["subtype"] == ("segmented" if segmented > own["unsegmented-band"] else "band")
+    few = grades_of(tmp_path / "cells", fitted, tmp_path / "few", **options, max_marks=4)
+    assert len({row["image_id"] for row in few if row["subtype"]}) == 4
+    unmarked = grades_of(tmp_path / "cells", fitted, tmp_path / "none", graders=2)
+    assert [{**row, "subtype": None} for row in rows] == unmarked
+
+
+def test_subtypes_that_the_grader_cannot_see_are_refused(fitted, candidates, tmp_path):
+    for rule, message in {
+        "neutrophil:lobes:two=2": "names neutrophil:lobes; .* knows the classes",
+        "neutrophil:nucleus_shape:odd=square": "names the nucleus_shape 'square'; .* knows",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            grades_of(candidates, fitted, tmp_path / "grades", subtypes=[rule])

@@ -24,10 +24,12 @@ from pathalign.diffusion.prompted import PromptPipeline
 from pathalign.generate import generate, load_pipeline, sample
 from pathalign.images import ImageSet, to_images
 from pathalign.schema import InputError, RunRecord
+from pathalign.settings.concepts import ConceptsConfig
 from pathalign.settings.generate import GenerateConfig
 from pathalign.settings.reward_weighted import RewardWeightedConfig
 from pathalign.stages import METHODS, load
 from pathalign.trainers import rewards
+from pathalign.trainers.concepts import align as align_concepts
 from pathalign.trainers.reward_weighted import RewardWeightedTrainer, align
 
 CLASSES = ["red_cell", "blue cell"]
@@ -203,7 +205,7 @@ def aligned(
     return record, before, pipeline
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [item for item in METHODS if item.name in OWN], ids=lambda method: method.name)
 def test_every_method_changes_the_adapter_only_and_diffusers_loads_it(
     method, folder, brightness, tmp_path, monkeypatch
 ):
@@ -226,6 +228,14 @@ def test_every_method_changes_the_adapter_only_and_diffusers_loads_it(
     card = ModelCard.load(tmp_path / "adapter" / "README.md")
     assert card.data.pipeline_tag == "text-to-image" and {"stable-diffusion", method.name} <= set(card.data.tags)
     assert PROMPTS[0] in card.text
+
+
+def test_new_classes_need_class_embeddings(folder, brightness, tmp_path):
+    assert {method.name for method in METHODS} - set(OWN) == {"concepts"}
+    config = ConceptsConfig(base_model=str(folder / "sd"), data=str(folder / "data"), reward_model="brightness")
+    with pytest.raises(InputError, match=r"has words in place of class embeddings; .* Any other method can align"):
+        align_concepts(config, tmp_path / "adapter")
+    assert brightness.calls == 0 and not (tmp_path / "adapter").exists()
 
 
 def test_draft_learns_the_same_when_activations_of_unet_and_vae_are_computed_again(

@@ -21,10 +21,11 @@ pathalign grade simulate --config "$configs/grade.yaml"
 $launch training/build_feedback.py --config "$configs/build_feedback.yaml"
 $launch training/train_reward.py --config "$configs/train_reward.yaml"
 $launch training/finetune_reward_weighted.py --config "$configs/finetune_reward_weighted.yaml"
-# Further adapters of the same base model, side by side, by methods that a held-out reward model guards.
+# Further adapters of the same base model, side by side: four by methods that a held-out reward model guards, and one
+# that splits a class by subtype marks.
 $launch training/train_reward.py --config "$configs/train_reward_even.yaml"
 $launch training/train_reward.py --config "$configs/train_held_out_reward.yaml"
-for method in ddpo grpo draft dpo; do
+for method in ddpo grpo draft dpo concepts; do
   $launch "training/finetune_$method.py" --config "$configs/finetune_$method.yaml"
 done
 $launch training/pretrain.py --config "$configs/control.yaml"

@@ -104,6 +104,7 @@ def render(
         base_revision=base_revision if on_hub else None,
         base_on_hub=on_hub,
         class_names=list(class_names),
+        concepts=record.metrics.get("concepts") or [],
         prompts=list(prompts),
         criteria=criteria,
         repo_id=repo_id,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pathalign.diffusion.loading import BaseModel
-from pathalign.diffusion.pipeline import ClassConditionalPipeline
+from pathalign.diffusion.pipeline import ClassConditionalPipeline, no_class_id
 from pathalign.diffusion.prompted import PromptPipeline
 
 
@@ -44,7 +44,11 @@ class ClassConditioning:
         config = pipeline.unet.config
         self.class_names = pipeline.class_names
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.no_class_id = config.num_class_embeds - 1
+
+    @property
+    def no_class_id(self) -> int:
+        """Id that stands for "no class"."""
+        return no_class_id(self.unet)
 
     def __call__(self, class_ids: Tensor) -> dict[str, Tensor | None]:
         """Keyword arguments of the UNet for images of these classes, shape `(n,)`, int64."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,7 +17,16 @@ from safetensors import SafetensorError
 from pathalign.artefacts import write_atomically
 from pathalign.config import ADAPTER
 from pathalign.diffusion.loading import BaseModel
-from pathalign.diffusion.pipeline import BASE_KEY, LORA_WEIGHTS_NAME, ClassConditionalPipeline, base_hash, other_base
+from pathalign.diffusion.pipeline import (
+    BASE_KEY,
+    CONCEPT_WEIGHTS,
+    CONCEPTS_KEY,
+    LORA_WEIGHTS_NAME,
+    ClassConditionalPipeline,
+    ConceptEmbedding,
+    base_hash,
+    other_base,
+)
 from pathalign.pinning import unusable
 from pathalign.remote import parse
 from pathalign.schema import InputError
@@ -46,6 +56,24 @@ def attach(unet: UNet2DConditionModel, rank: int, alpha: float, convolutions: bo
                 fan_in = parameter[0].numel()
                 noise = torch.rand(parameter.shape, generator=generator) * 2 - 1
                 parameter.copy_((noise / fan_in**0.5).to(parameter))
+
+
+def add_concepts(
+    pipeline: ClassConditionalPipeline, concepts: Mapping[str, str], noise: float, generator: torch.Generator
+) -> None:
+    """Give the attached adapter new classes, which start at their parents' embeddings plus noise.
+
+    Args:
+        pipeline: Changed in place.
+        concepts: Name of each new class -> class that it is split off from.
+        noise: Standard deviation of the noise, in those of the parents' own embeddings: sisters must not be equal.
+        generator: Draws it.
+    """
+    weight = pipeline.unet.class_embedding.weight
+    offsets = torch.randn((len(concepts), weight.shape[1]), generator=generator)
+    offsets = offsets.to(weight) * noise * weight.detach().std()
+    ids = [(name, pipeline.base_class_names.index(parent)) for name, parent in concepts.items()]
+    ConceptEmbedding.add(pipeline.unet, ADAPTER_NAME, ids, offsets)
 
 
 def parameters(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:
@@ -81,10 +109,11 @@ def disabled(unet: UNet2DConditionModel) -> Iterator[None]:
         unet.enable_adapters()
 
 
-def save(unet: UNet2DConditionModel, folder: Path) -> None:
+def save(unet: UNet2DConditionModel, folder: Path, class_names: Sequence[str] = ()) -> None:
     """Write the adapter in diffusers' format, for `load_lora_weights`; equal adapters give equal bytes.
 
-    Its metadata holds the hash of the base weights, so that it knows its base model under any name.
+    Its metadata holds the hash of the base weights, so that it knows its base model under any name, and the names and
+    parents of its concepts, of the base model `class_names`.
     """
     weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
     metadata = unet.peft_config[ADAPTER_NAME].to_dict()
@@ -93,11 +122,15 @@ def save(unet: UNet2DConditionModel, folder: Path) -> None:
         unet_lora_layers={name: tensor.detach().contiguous() for name, tensor in weights.items()},
         unet_lora_adapter_metadata={**metadata, "target_modules": sorted(metadata["target_modules"])},
     )
-    _finish_header(folder / WEIGHTS_NAME, base_hash(unet))
+    layer = unet.class_embedding
+    own: dict[str, Any] = {BASE_KEY: base_hash(unet)}
+    if isinstance(layer, ConceptEmbedding) and (concepts := layer.concepts.get(ADAPTER_NAME)):
+        own |= {CONCEPTS_KEY: [(name, class_names[parent]) for name, parent in concepts]}
+    _finish_header(folder / WEIGHTS_NAME, own)
 
 
-def _finish_header(path: Path, base: str) -> None:
-    """Name the base model in the header of a safetensors file, and sort it.
+def _finish_header(path: Path, own: Mapping[str, Any]) -> None:
+    """Add our own metadata to the header of a safetensors file, and sort it.
 
     diffusers takes metadata of its own networks only, and safetensors 0.8 writes it in random order.
     """
@@ -105,7 +138,9 @@ def _finish_header(path: Path, base: str) -> None:
     start = 8 + int.from_bytes(content[:8], "little")
     entries = json.loads(content[8:start])
     metadata = json.loads(entries["__metadata__"]["lora_adapter_metadata"])
-    entries["__metadata__"]["lora_adapter_metadata"] = json.dumps({**metadata, BASE_KEY: base}, sort_keys=True)
+    entries["__metadata__"]["lora_adapter_metadata"] = json.dumps({**metadata, **own}, sort_keys=True)
+    if (name := f"unet.class_embedding.{CONCEPT_WEIGHTS}") in entries:
+        entries[CONCEPT_WEIGHTS] = entries.pop(name)
     header = json.dumps(entries, sort_keys=True).encode()
     header += b" " * (-len(header) % 8)  # the tensors stay aligned
     write_atomically(path, len(header).to_bytes(8, "little") + header + content[start:])

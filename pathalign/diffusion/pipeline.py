@@ -18,8 +18,15 @@ from diffusers.utils import logging
 from huggingface_hub import constants
 from PIL import Image
 
+try:  # needed by adapters only
+    from peft.tuners.tuners_utils import BaseTunerLayer
+except ImportError:
+    BaseTunerLayer = object
+
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 BASE_KEY = "base.unet_sha256"  # in the metadata of an adapter; diffusers reads the keys that begin with `unet.`
+CONCEPTS_KEY = "base.concepts"  # beside it: name and parent class of each row of the tensor `CONCEPT_WEIGHTS`
+CONCEPT_WEIGHTS = "lora_concepts"  # in the file; not below `unet.`, so that earlier versions pass it by
 logger = logging.get_logger(__name__)
 
 
@@ -28,10 +35,96 @@ def randn_per_image(shape: tuple[int, ...], generators: Sequence[torch.Generator
     return torch.stack([torch.randn(shape, generator=generator, device=generator.device) for generator in generators])
 
 
+class ConceptEmbedding(torch.nn.Module, BaseTunerLayer):
+    """The class embedding of a UNet with the new classes, called concepts, that its adapters bring.
+
+    A concept's row is its parent's row plus an offset, which is scaled with the adapter: an adapter that is disabled or
+    has the weight 0 leaves the parent. Concepts of active adapters come after the base model's classes; the last row of
+    the table is "no class" as before. To diffusers this is one more layer of the adapters, on the base model's own
+    embedding, `(classes + 1, width)`.
+    """
+
+    adapter_layer_names = (CONCEPT_WEIGHTS,)
+    other_param_names = ("concepts", "scaling")
+    active_adapters: Any  # of peft's layers, like `disable_adapters` and `set_adapter`
+    set_adapter: Any
+
+    def __init__(self, base_layer: torch.nn.Embedding) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_concepts = torch.nn.ParameterDict()  # adapter -> offsets, shape (concepts, width)
+        self.concepts: dict[str, list[tuple[str, int]]] = {}  # adapter -> name and parent's id of each offset
+        self.scaling: dict[str, float] = {}
+        self.lora_A: dict[str, torch.Tensor] = {}  # diffusers looks here for what it could move to another device
+        self.merged_adapters: list[str] = []
+
+    @classmethod
+    def add(
+        cls, unet: UNet2DConditionModel, adapter: str, concepts: Sequence[tuple[str, int]], offsets: torch.Tensor
+    ) -> None:
+        """Give an adapter of `unet` its concepts: name and parent's id of each, offsets of shape `(n, width)`.
+
+        Raises:
+            ValueError: If another adapter has such a concept with another parent.
+        """
+        layer = unet.class_embedding
+        others = layer.concepts.items() if isinstance(layer, cls) else ()
+        known = {name: parent for key, entries in others if key != adapter for name, parent in entries}
+        if clash := [name for name, parent in concepts if known.get(name, parent) != parent]:
+            raise ValueError(f"Another adapter has {clash[0]!r} with another parent; delete that adapter first.")
+        tuners = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+        if not isinstance(layer, cls):
+            layer = cls(layer)
+            del unet.class_embedding  # last among the modules: diffusers asks the first layer which adapters there are
+            unet.class_embedding = layer
+        layer.lora_concepts[adapter] = torch.nn.Parameter(offsets.detach().clone().to(layer.base_layer.weight))
+        layer.concepts[adapter], layer.scaling[adapter] = list(concepts), 1.0
+        layer.set_adapter(list(tuners[0].active_adapters))
+
+    @property
+    def parents(self) -> dict[str, int]:
+        """Concepts of the active adapters -> their parents' ids, in the order of the rows."""
+        return dict(entry for name in self.active_adapters for entry in self.concepts.get(name, ()))
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the table: classes, concepts and "no class"."""
+        return self.base_layer.num_embeddings + len(self.parents)
+
+    def forward(self, class_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of classes, concepts and "no class", shape `(n, width)`."""
+        weight, parents = self.base_layer.weight, self.parents
+        rows = weight[list(parents.values())]
+        for name in [] if self.disable_adapters else self.active_adapters:
+            if name in self.concepts:
+                places = [list(parents).index(concept) for concept, _ in self.concepts[name]]
+                offsets = self.scaling[name] * self.lora_concepts[name].to(rows)
+                rows = rows.index_add(0, torch.tensor(places, device=rows.device), offsets)
+        return torch.nn.functional.embedding(class_ids, torch.cat([weight[:-1], rows, weight[-1:]]))
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Strength of an adapter's offsets."""
+        self.scaling[adapter] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters."""
+        self.scaling |= {name: scale * self.scaling.get(name, 1.0) for name in self.active_adapters}
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer`; without a number strengths are 1 again."""
+        self.scaling |= {name: self.scaling.get(name, 1.0) / scale if scale else 1.0 for name in self.active_adapters}
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to do, as in `unmerge`: rows are added to a table, not to the weights of the base model."""
+
+    unmerge = merge
+
+
 class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Draws images of given classes with a `UNet2DConditionModel` that has class embeddings and no text.
 
     The UNet's last class embedding stands for "no class" and serves classifier-free guidance (arXiv:2207.12598).
+    Adapters may bring concepts, new classes split off from a parent, known by name while the adapter is active.
     Images are synthetic: for research only, never for diagnosis.
 
     Args:
@@ -53,8 +146,20 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
 
     @property
     def class_names(self) -> list[str]:
-        """Class names in the order of their ids."""
+        """Class names in the order of their ids: the base model's classes, then the concepts of active adapters."""
+        return [*self.base_class_names, *self.concepts]
+
+    @property
+    def base_class_names(self) -> list[str]:
+        """Classes of the base model alone, in the order of their ids."""
         return [self.config.id2label[class_id] for class_id in sorted(self.config.id2label, key=int)]
+
+    @property
+    def concepts(self) -> dict[str, str]:
+        """Concepts of the active adapters -> the classes that they were split off from."""
+        layer, names = self.unet.class_embedding, self.base_class_names
+        parents = layer.parents if isinstance(layer, ConceptEmbedding) else {}
+        return {name: names[parent] for name, parent in parents.items()}
 
     def class_ids(self, class_labels: str | int | Sequence[str | int]) -> torch.Tensor:
         """Class names or ids to ids, shape `(n,)`, int64.
@@ -78,7 +183,7 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         conditional = self.unet(sample, timestep, encoder_hidden_states=None, class_labels=class_ids).sample
         if guidance_scale == 1.0:
             return conditional
-        no_class = torch.full_like(class_ids, self.unet.config.num_class_embeds - 1)
+        no_class = torch.full_like(class_ids, no_class_id(self.unet))
         unconditional = self.unet(sample, timestep, encoder_hidden_states=None, class_labels=no_class).sample
         return unconditional + guidance_scale * (conditional - unconditional)
 
@@ -163,10 +268,20 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
 
     @classmethod
     def load_lora_into_unet(cls, state_dict: Any, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, with a warning if the adapter was trained on another base model."""
-        if problem := other_base(kwargs["unet"], kwargs.get("metadata")):
+        """As in diffusers, with the adapter's concepts, and a warning if it was trained on another base model.
+
+        Raises:
+            ValueError: If it has concepts that cannot be added to this pipeline's classes.
+        """
+        unet, metadata = kwargs["unet"], kwargs.get("metadata") or {}
+        if problem := other_base(unet, metadata):
             logger.warning(problem)
+        offsets, named = state_dict.get(CONCEPT_WEIGHTS), metadata.get(CONCEPTS_KEY, [])
+        if offsets is not None:
+            concepts = concept_ids(named, kwargs["_pipeline"].base_class_names, offsets, unet)
         super().load_lora_into_unet(state_dict, *args, **kwargs)
+        if offsets is not None:
+            ConceptEmbedding.add(unet, kwargs.get("adapter_name") or list(unet.peft_config)[-1], concepts, offsets)
 
     def fuse_lora(self, components: Sequence[str] = ("unet",), **kwargs: Any) -> None:
         """Merge the active adapters into the UNet's weights; `unfuse_lora` takes them out again."""
@@ -186,6 +301,29 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         target = Path(save_directory) / "pipeline.py"
         target.write_text(Path(inspect.getfile(ClassConditionalPipeline)).read_text())
+
+
+def no_class_id(unet: UNet2DConditionModel) -> int:
+    """Id that stands for "no class": the last row, however many concepts adapters bring."""
+    return int(unet.class_embedding.num_embeddings) - 1
+
+
+def concept_ids(
+    named: Sequence[Sequence[str]], class_names: Sequence[str], offsets: torch.Tensor, unet: UNet2DConditionModel
+) -> list[tuple[str, int]]:
+    """Concepts as an adapter's metadata name them, with the ids of their parents.
+
+    Raises:
+        ValueError: If a parent is no class here, a name is one already, or the offsets do not fit.
+    """
+    fits = tuple(offsets.shape) == (len(named), unet.class_embedding.weight.shape[1])
+    for name, parent in named:
+        if not fits or parent not in class_names or name in class_names:
+            raise ValueError(
+                f"The adapter's concept {name!r} of {parent!r} does not fit this model, whose classes are "
+                f"{list(class_names)}; load the base model that it was trained on."
+            )
+    return [(name, list(class_names).index(parent)) for name, parent in named]
 
 
 def base_hash(unet: UNet2DConditionModel) -> str:

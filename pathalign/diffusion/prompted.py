@@ -29,6 +29,11 @@ class PromptPipeline(StableDiffusionPipeline):
         """Say which classes it shall draw, in the order of their ids, and how to ask for them."""
         self.class_names, self.template = list(class_names), template
 
+    @property
+    def concepts(self) -> dict[str, str]:
+        """None: new classes are rows of a class embedding, and this model has words."""
+        return {}
+
     def prompts(self) -> list[str]:
         """The prompt of each class, in the order of their ids."""
         return [prompt_for(name, self.template) for name in self.class_names]

@@ -7,7 +7,7 @@ grades must never be published as expert feedback.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from pathalign.pinning import commit_of, identity, pinned
 from pathalign.remote import is_repo_id, parse
 from pathalign.schema import Criterion, Grade, InputError, RunRecord
 from pathalign.settings.grade import GradeConfig
+from pathalign.settings.subtypes import SubtypeRule, subtype_rule
 
 BATCH_SIZE = 250
 PASS_PROBABILITY = 0.5
@@ -176,6 +177,12 @@ class SimulatedGrader(nn.Module, PyTorchModelHubMixin):
         """Judge an image set by its labels; classes are matched by name."""
         return self.judge(image_set.pixel_values(), class_ids_for(image_set, self.class_names))
 
+    @torch.no_grad()
+    def attribute(self, pixel_values: Tensor, name: str) -> Tensor:
+        """Probability of each value of an attribute, shape `(n, values)`; images as for `judge`."""
+        batches = pixel_values.to(self.feature_mean).split(BATCH_SIZE)
+        return torch.cat([self(batch)[1][name].softmax(1) for batch in batches]).cpu()
+
     def _probabilities(self, pixel_values: Tensor, class_ids: Tensor) -> Tensor:
         class_logits, attribute_logits, pooled = self(pixel_values)
         columns = [class_logits.softmax(1).gather(1, class_ids[:, None])[:, 0]]
@@ -248,12 +255,14 @@ def grade(config: GradeConfig, output_dir: str | Path) -> RunRecord:
     config = pinned(config)
     candidates = ImageSet.load(config.candidates)
     grader = SimulatedGrader.load(config.grader)
+    rules = _rules(config, grader)
     judgement = grader.judge_set(candidates)
+    marks = subtype_marks(grader, candidates, judgement.plausible, rules, config.max_marks, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     grades = [
         entry
         for number in range(config.graders)
-        for entry in _one_grader(config, candidates, judgement, grader.rubric_version, number, generator)
+        for entry in _one_grader(config, candidates, judgement, marks, grader.rubric_version, number, generator)
     ]
     with artefact(output_dir) as folder:
         (folder / "grades.jsonl").write_text("".join(entry.to_json() + "\n" for entry in grades))
@@ -269,6 +278,7 @@ def grade(config: GradeConfig, output_dir: str | Path) -> RunRecord:
             metrics={
                 "grades": len(grades),
                 "simulated": True,
+                **({"subtype_marks": sum(entry.subtype is not None for entry in grades)} if rules else {}),
                 **{f"{name}_share": share for name, share in shares.items()},
             },
         )
@@ -276,10 +286,59 @@ def grade(config: GradeConfig, output_dir: str | Path) -> RunRecord:
     return record
 
 
+def _rules(config: GradeConfig, grader: SimulatedGrader) -> list[SubtypeRule]:
+    rules = [subtype_rule(text) for text in config.subtypes]
+    for rule in rules:
+        known = grader.attributes.get(rule.attribute)
+        if rule.class_name not in grader.class_names or known is None:
+            raise InputError(
+                f"`subtypes` names {rule.class_name}:{rule.attribute}; {config.grader} knows the classes "
+                f"{grader.class_names} and the attributes {sorted(grader.attributes)}."
+            )
+        if missing := sorted(set(rule.values) - set(known)):
+            raise InputError(f"`subtypes` names the {rule.attribute} {missing[0]!r}; {config.grader} knows {known}.")
+    return rules
+
+
+def subtype_marks(
+    grader: SimulatedGrader, images: ImageSet, plausible: Tensor, rules: Sequence[SubtypeRule], limit: int, seed: int
+) -> dict[int, str]:
+    """Subtypes that a simulated grader sees, by the row of the image: the likeliest of its class's rules.
+
+    Args:
+        grader: Sees attributes.
+        images: What is graded.
+        plausible: Shape `(n,)`, bool: only these are marked.
+        rules: Which values of an attribute make a subtype.
+        limit: Images that are marked at most, drawn at random.
+        seed: Of that draw.
+    """
+    classes = {rule.class_name for rule in rules}
+    labels = images.labels()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = sorted([row for row in order if plausible[row] and labels[row] in classes][:limit])
+    if not rows:
+        return {}
+    pixel_values = images.select(rows).pixel_values()
+    seen = {rule.attribute: grader.attribute(pixel_values, rule.attribute) for rule in rules}
+
+    def share(place: int, rule: SubtypeRule) -> float:
+        known = grader.attributes[rule.attribute]
+        return sum(float(seen[rule.attribute][place, known.index(value)]) for value in rule.values)
+
+    return {
+        row: max(
+            (rule for rule in rules if rule.class_name == labels[row]), key=lambda rule: share(place, rule)
+        ).subtype
+        for place, row in enumerate(rows)
+    }
+
+
 def _one_grader(
     config: GradeConfig,
     candidates: ImageSet,
     judgement: Judgement,
+    marks: Mapping[int, str],
     rubric_version: str,
     number: int,
     generator: torch.Generator,
@@ -307,6 +366,7 @@ def _one_grader(
                 verdict=verdict,
                 grader=name,
                 failed_criteria=tuple(failed) if verdict == "implausible" else (),
+                subtype=marks.get(index) if verdict == "plausible" else None,
                 confidence=float(2 * (probability[index] - 0.5).abs()),
                 rubric_version=rubric_version,
                 simulated=True,

@@ -15,7 +15,7 @@ from pathalign.ratings import REPEAT
 from pathalign.schema import InputError
 
 SYNTHETIC = ("synthetic", REPEAT)  # values of `kind`; all others are real
-TEXTS = ("image_id", "model", "adapter", "scheduler", "kind")
+TEXTS = ("image_id", "model", "adapter", "concept", "scheduler", "kind", "subtype")
 NUMBERS = ("label", "seed", "steps", "guidance", "reward", "plausible", "majority", "n_grades")
 SHARES = "failed_"  # and a criterion
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pathalign.config import DATASET, GRADER, StageConfig, option
+from pathalign.settings.subtypes import RULE_HELP, rule_problems
 
 
 @dataclass
@@ -24,10 +25,15 @@ class GradeConfig(StageConfig):
     unsure_margin: float = option(
         0.0, "Probabilities this close to the threshold are called unsure.", minimum=0.0, maximum=0.5
     )
+    subtypes: list[str] = option(
+        [], f"Subtypes that graders mark on images they call plausible, by the attribute that they see: {RULE_HELP}."
+    )
+    max_marks: int = option(100, "Images that are marked at most, drawn at random.", minimum=0)
     seed: int = option(0, "Seed of the graders' noise.", minimum=0)
 
     def problems(self) -> list[str]:
-        """There cannot be more faulty graders than graders."""
+        """There cannot be more faulty graders than graders, and rules must be readable."""
+        found = rule_problems(self.subtypes)
         if self.faulty_graders is not None and self.faulty_graders > self.graders:
-            return [f"`faulty_graders` is {self.faulty_graders}, but there are {self.graders} `graders`."]
-        return []
+            found.append(f"`faulty_graders` is {self.faulty_graders}, but there are {self.graders} `graders`.")
+        return found

@@ -95,9 +95,7 @@ class AdapterTrainer(ABC, Generic[Config]):
         self.reward_model = reward_model.to(self.device).eval()
         self.training_schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
         self.conditioning = conditioning_for(pipeline)
-        lora.attach(
-            pipeline.unet, config.lora_rank, config.lora_alpha, config.lora_convolutions, seeded(config.seed, ADAPTER)
-        )
+        self.attach()
         self.parameters = list(lora.parameters(pipeline.unet).values())
         self.optimizer = self.accelerator.prepare(
             torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -110,6 +108,11 @@ class AdapterTrainer(ABC, Generic[Config]):
         self.inputs["base_unet"] = base_hash(pipeline.unet)
         self.inputs["data"] = fingerprint(list(real.image_ids))
         self.run = RunFolder(folder, self.accelerator, {**asdict(config), **self.inputs}, config.trackers)
+
+    def attach(self) -> None:
+        """Add the adapter whose weights are trained; at first it changes nothing."""
+        config, generator = self.config, seeded(self.config.seed, ADAPTER)
+        lora.attach(self.pipeline.unet, config.lora_rank, config.lora_alpha, config.lora_convolutions, generator)
 
     def sources(self) -> dict[str, str]:
         """Models that the run rests on, by name: folders, Hub ids or functions."""
@@ -268,7 +271,7 @@ class AdapterTrainer(ABC, Generic[Config]):
             peak_rss_mb=peak_rss_mb(),
         )
         if self.accelerator.is_main_process:
-            lora.save(self.unet, self.folder)
+            lora.save(self.unet, self.folder, self.pipeline.class_names)
             write_card(
                 self.folder,
                 "lora_adapter",

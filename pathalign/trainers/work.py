@@ -6,14 +6,17 @@ forward and backward passes of training.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pathalign.settings.adapter import AdapterConfig, GuardedConfig
+from pathalign.settings.concepts import ConceptsConfig
 from pathalign.settings.ddpo import DDPOConfig
 from pathalign.settings.dpo import DPOConfig
 from pathalign.settings.draft import DraftConfig
 from pathalign.settings.reward_weighted import RewardWeightedConfig
+from pathalign.settings.subtypes import subtype_rule
 from pathalign.trainers.ddpo import PROBED_STEPS
 
 
@@ -151,10 +154,30 @@ def dpo(config: DPOConfig, classes: int) -> Work:
     )
 
 
+def concepts(config: ConceptsConfig, classes: int) -> Work:
+    """Images of the split classes by the base model, steps, and images of all classes before and after.
+
+    Which classes the feedback splits is not known yet: without `subtypes` it is taken for one, in two.
+    """
+    new = {(rule.class_name, rule.subtype) for rule in map(subtype_rule, config.subtypes)}
+    families = Counter(class_name for class_name, _ in new) or Counter(one=2)
+    drawn = len(families) * config.images_per_class + (2 * classes + families.total()) * config.check_images_per_class
+    asked = max(families.values()) if config.contrast > 0 else 1
+    batch = asked * config.batch_size + real_images(config)
+    return Work(
+        forward=drawn * config.inference_steps * passes(config.guidance_scale),
+        backward=config.steps * batch,
+        decoded=drawn,
+        encoded=config.steps * batch,
+        graph=batch,
+    )
+
+
 _METHODS: dict[str, Callable[..., Work]] = {
     "reward-weighted": reward_weighted,
     "ddpo": ddpo,
     "grpo": ddpo,
     "draft": draft,
     "dpo": dpo,
+    "concepts": concepts,
 }

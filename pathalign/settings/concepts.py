@@ -1,0 +1,88 @@
+"""Settings of the `align` stage with new clinical concepts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pathalign.config import DATASET, option
+from pathalign.settings.adapter import AdapterConfig
+from pathalign.settings.subtypes import RULE_HELP, rule_problems
+
+
+def concept_name(text: str) -> tuple[str, str, str]:
+    """Read `CLASS:SUBTYPE=NAME`.
+
+    Raises:
+        ValueError: If it is not of that form.
+    """
+    which, _, name = text.partition("=")
+    class_name, _, subtype = which.partition(":")
+    if not (class_name.strip() and subtype.strip() and name.strip()):
+        raise ValueError(text)
+    return class_name.strip(), subtype.strip(), name.strip()
+
+
+@dataclass
+class ConceptsConfig(AdapterConfig):
+    """Split classes by the experts' subtype marks: new class embeddings, trained with LoRA adapters."""
+
+    feedback: str | None = option(
+        None, "Feedback dataset whose column `subtype` holds marks: a folder or Hub id.", holds=DATASET
+    )
+    subtypes: list[str] = option(
+        [], f"Marks of the real training images, by the expert attribute that they come with: {RULE_HELP}."
+    )
+    names: list[str] = option(
+        [], "Names of new classes, each CLASS:SUBTYPE=NAME; by default SUBTYPE and CLASS, as in `band neutrophil`."
+    )
+    max_marks: int = option(100, "Marks that are used at most, drawn at random from all that there are.", minimum=4)
+    min_marks: int = option(4, "Marks that a subtype needs.", minimum=2)
+    encoder: str = option(
+        "efficientnet-lite0",
+        "Whose features the marks are learned on: `efficientnet-lite0`, or a transformers backbone by folder or Hub "
+        "id. The judge of the result must have another.",
+    )
+    images_per_class: int = option(
+        200, "Images of each split class that the base model draws, to be marked by what was learned.", minimum=0
+    )
+    inference_steps: int = option(10, "Denoising steps of these images and of the checks.", minimum=1)
+    guidance_scale: float = option(1.0, "Classifier-free guidance of these images; 1 is none.", minimum=0.0)
+    scheduler: Literal["dpmsolver++", "ddim", "ddpm", "euler", "unipc"] = option(
+        "dpmsolver++", "Sampler of these images."
+    )
+    top_share: float = option(
+        0.5, "Share of these images that is kept, those of the highest rewards.", minimum=0.01, maximum=1.0
+    )
+    sure_share: float = option(
+        0.4,
+        "Share of the unmarked images recognised as a new class that is learned from, the surest ones.",
+        minimum=0.01,
+        maximum=1.0,
+    )
+    unmarked_real: bool = option(True, "Learn from real training images without a mark too.")
+    noise_scale: float = option(
+        0.05, "New embeddings start at the parent's plus noise of this size, in units of its own spread.", minimum=0.0
+    )
+    contrast: float = option(
+        0.0, "Weight of telling an image's own subtype from its sisters by their denoising losses.", minimum=0.0
+    )
+    steps: int = option(300, "Optimizer steps; the learning rate falls as a cosine.", minimum=1)
+    batch_size: int = option(24, "Images of new classes in a batch, per device.", minimum=1)
+    beta: float = option(1.0, "Weight of the denoising loss on real images, by which the parents stay.", minimum=0.0)
+    checkpoint_every_steps: int = option(50, "Steps between checkpoints.", minimum=1)
+    check_images_per_class: int = option(
+        20,
+        "Images of each class and each new class that are drawn at the end, to be recognised and rewarded.",
+        minimum=2,
+    )
+
+    def problems(self) -> list[str]:
+        """Marks must come from somewhere, and rules and names be readable."""
+        found = super().problems() + rule_problems(self.subtypes)
+        for text in self.names:
+            try:
+                concept_name(text)
+            except ValueError:
+                found.append(f"`names` has {text!r}; write CLASS:SUBTYPE=NAME, as in neutrophil:band=stab cell.")
+        return found

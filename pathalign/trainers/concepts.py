@@ -1,0 +1,294 @@
+"""New clinical concepts: split classes by the experts' subtype marks.
+
+    loss = E_concepts[ L_denoise(x, concept) ] + beta * E_real[ L_denoise(x, class) ] + contrast * E_concepts[ L_tell ]
+    L_tell = -log softmax( -D (L_denoise(x, c) - L_denoise(x, sisters)) ),  D the number of values in an image
+
+Source: "Aligning Synthetic Medical Images with Clinical Knowledge using Human Feedback" (arXiv:2306.12438): feedback
+brings in concepts that the base model was not told of. Each has an embedding of its own, which starts at its parent's
+and is trained with the adapter, on marked images and on those that a classifier of the marks recognises: images of the
+base model that the reward model finds plausible, and real training images. `L_tell` makes the model the classifier that
+a diffusion model is (arXiv:2303.16203, eq. 5), with one timestep and one noise for all sisters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from pathalign.artefacts import artefact, fingerprint
+from pathalign.diffusion import lora
+from pathalign.diffusion.pipeline import ClassConditionalPipeline
+from pathalign.generate import Sampling, draw, judged_names, score, set_scheduler
+from pathalign.images import ImageSet, to_pixel_values
+from pathalign.pinning import pinned
+from pathalign.progress import say
+from pathalign.randomness import seeded
+from pathalign.remote import parse
+from pathalign.reward import load_encoder
+from pathalign.schema import InputError, RunRecord
+from pathalign.settings.concepts import ConceptsConfig
+from pathalign.shards import scratch_dir
+from pathalign.trainers.adapter import TRAINING, AdapterTrainer, load_inputs
+from pathalign.trainers.base import cosine_rate, require_finite
+from pathalign.trainers.epochs import first_seed
+from pathalign.trainers.marks import MarkClassifier, Marks, collect_marks, surest
+from pathalign.trainers.pretrain import denoising_loss
+from pathalign.trainers.rewards import Reward
+
+EMBEDDINGS = 6  # stream of random numbers: where new embeddings start
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Images that the new classes are learned from.
+
+    Attributes:
+        images: Shape `(n, 3, size, size)`, uint8.
+        concept_ids: Shape `(n,)`, int64, indices into the marks' concepts.
+        counts: What they are: marks, unmarked real images, images of the base model.
+    """
+
+    images: Tensor
+    concept_ids: Tensor
+    counts: dict[str, int]
+
+
+def tell_losses(losses: Tensor, own: Tensor, values: int) -> Tensor:
+    """How badly an image's own concept is told from its sisters by denoising losses.
+
+    Args:
+        losses: Mean squared errors under each sister, shape `(n, sisters)`.
+        own: Place of each image's own concept, shape `(n,)`.
+        values: Values in an image: the likelihood is of sums, not means.
+
+    Returns:
+        Shape `(n,)`: the logarithm of the number of sisters where nothing is told. Source: arXiv:2303.16203, eq. 5.
+    """
+    return F.cross_entropy(-values * losses, own, reduction="none")
+
+
+def align(config: ConceptsConfig, output_dir: str | Path) -> RunRecord:
+    """Split classes of a pipeline and write the adapter; the same call goes on where an interrupted one was.
+
+    Raises:
+        InputError: If an input cannot be used, the base model is Stable Diffusion, there are too few marks, or the loss
+            is no number any more.
+    """
+    config = pinned(config)
+    pipeline, reward_model, real = load_inputs(config)
+    if not isinstance(pipeline, ClassConditionalPipeline):
+        raise InputError(
+            f"{config.base_model} is Stable Diffusion, which has words in place of class embeddings; the method "
+            "concepts needs a pipeline made by `pathalign pretrain`. Any other method can align this one."
+        )
+    marks = collect_marks(config, real, pipeline.class_names)
+    with artefact(output_dir) as folder:
+        record = ConceptsTrainer(pipeline, reward_model, real, config, folder, marks).train()
+    return record
+
+
+class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
+    """Draws images of the split classes once, marks them, and trains on them.
+
+    Args:
+        pipeline: As for every trainer of adapters; so are `reward_model`, `real`, `config` and `folder`.
+        marks: Marked images, and the new classes.
+    """
+
+    pipeline: ClassConditionalPipeline
+    shown: ClassVar[tuple[str, ...]] = ("loss", "concept_loss")
+
+    def __init__(
+        self,
+        pipeline: ClassConditionalPipeline,
+        reward_model: Reward,
+        real: ImageSet,
+        config: ConceptsConfig,
+        folder: Path,
+        marks: Marks,
+    ) -> None:
+        self.marks = marks
+        super().__init__(pipeline, reward_model, real, config, folder)
+        set_scheduler(pipeline, config.scheduler)
+        self.inputs["marks"] = fingerprint([marks.image_ids, marks.concept_ids.tolist()])
+        self.run.config["marks"] = self.inputs["marks"]  # a checkpoint of other marks is not gone on with
+        encoder = parse(config.encoder)
+        self.classifier = MarkClassifier(load_encoder(encoder.name, revision=encoder.revision).to(self.device), marks)
+        self.first_id = len(pipeline.base_class_names)
+        self.pool: Pool | None = None
+
+    def attach(self) -> None:
+        """The adapter, and the new classes as part of it."""
+        super().attach()
+        concepts = {concept.name: concept.parent for concept in self.marks.concepts}
+        lora.add_concepts(self.pipeline, concepts, self.config.noise_scale, seeded(self.config.seed, EMBEDDINGS))
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps."""
+        return self.config.steps
+
+    def step(self, number: int) -> dict[str, float]:
+        """One optimizer step; the first one of a process gathers the images."""
+        config = self.config
+        self.usage.start()
+        if self.pool is None:
+            self.pool = self.collect()
+        rate = config.learning_rate * cosine_rate(number, self.total, config.warmup_steps)
+        self.set_rate(rate)
+        generator = seeded(config.seed, TRAINING, number)
+        with self.accelerator.autocast():
+            denoised, told = self.concept_losses(self.pool, generator)
+            real = self.real_loss(generator) if config.beta > 0 else torch.zeros((), device=self.device)
+            loss = denoised + config.contrast * told + config.beta * real
+        require_finite(loss, number, rate)
+        self.accelerator.backward(loss)
+        norm = self.update()
+        return {
+            "loss": loss.item(),
+            "concept_loss": denoised.item(),
+            "tell_loss": told.item(),
+            "real_loss": real.item(),
+            "gradient_norm": norm,
+            "learning_rate": rate,
+            **self.usage.figures(config.batch_size),
+        }
+
+    def collect(self) -> Pool:
+        """Marked images, and unmarked real and drawn ones whose subtype is clear.
+
+        Raises:
+            InputError: If a reward is no number.
+        """
+        marks, config = self.marks, self.config
+        unmarked = torch.tensor(
+            [
+                config.unmarked_real and name in marks.parents and image_id not in marks.image_ids
+                for name, image_id in zip(self.real.labels(), self.real.image_ids, strict=True)
+            ]
+        )
+        parts = [(marks.images, marks.concept_ids)]
+        for found in (self.real.select(unmarked), self.plausible()):
+            rows, ids = surest(self.classifier.probabilities(found.images, found.labels()), config.sure_share)
+            parts.append((found.images[rows], ids))
+        images, ids = (torch.cat(column) for column in zip(*parts, strict=True))
+        names = ("marked", "recognised_real", "recognised_drawn")
+        counts = {name: len(part[0]) for name, part in zip(names, parts, strict=True)}
+        each = torch.bincount(ids, minlength=len(marks.concepts)).tolist()
+        listed = ", ".join(f"{concept.name} {count}" for concept, count in zip(marks.concepts, each, strict=True))
+        say(f"Learning from {len(ids)} images, {counts['marked']} of them marked: {listed}.")
+        return Pool(images, ids, counts)
+
+    def plausible(self) -> ImageSet:
+        """Images of the split classes that the base model draws, those of the highest rewards."""
+        config, names = self.config, self.pipeline.base_class_names
+        parent_ids = torch.tensor([names.index(parent) for parent in self.marks.parents])
+        class_ids = parent_ids.repeat_interleave(config.images_per_class)
+        with lora.disabled(self.unet):
+            images, rewards = self.drawn(class_ids, 0)
+        kept = []
+        for class_id in class_ids.unique().tolist():
+            own = (class_ids == class_id).nonzero()[:, 0]
+            best = rewards[own].argsort(descending=True, stable=True)[: max(1, round(config.top_share * len(own)))]
+            kept.append(own[best])
+        rows = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.int64)
+        return ImageSet.build(images[rows], class_ids[rows], names)
+
+    def drawn(self, class_ids: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Images by the weights that are in use, and their rewards as images of the parents.
+
+        Args:
+            class_ids: Shape `(n,)`, of the pipeline's classes.
+            number: Which images of the run: no two share a seed.
+
+        Raises:
+            InputError: If a reward is no number.
+        """
+        config = self.config
+        if len(class_ids) == 0:
+            return torch.zeros((0, *self.real.images.shape[1:]), dtype=torch.uint8), torch.zeros(0)
+        first = first_seed(config.seed, 2, number)
+        sampling = Sampling(config.inference_steps, config.guidance_scale, config.sample_batch_size, first)
+        process = (self.accelerator.process_index, self.accelerator.num_processes)
+        weights = [] if number == 0 else [float(weight.double().sum()) for weight in self.average]
+        place = [asdict(config), self.inputs, number, class_ids.tolist(), weights]
+        with self.accelerator.autocast():
+            parts = draw(self.pipeline, None, class_ids.tolist(), sampling, scratch_dir(self.folder, place), process)
+        parts = sorted(gather_object(parts), key=lambda part: int(part["start"]))
+        images = torch.cat([part["images"] for part in parts])
+        rewards = score(self.reward_model, images, class_ids.tolist(), judged_names(self.pipeline))
+        if not torch.isfinite(rewards).all():
+            raise InputError(f"{config.reward_model} gives rewards that are no numbers; train it again.")
+        return images, rewards
+
+    def concept_losses(self, pool: Pool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Denoising loss on images of the new classes, each as often as the next, and how badly they are told apart."""
+        config, marks = self.config, self.marks
+        count = config.batch_size * self.accelerator.num_processes
+        first = torch.randint(0, len(marks.concepts), (), generator=generator)
+        wanted = (torch.arange(count) + first) % len(marks.concepts)
+        chance = torch.rand(count, generator=generator)
+        rows = [(pool.concept_ids == concept).nonzero()[:, 0] for concept in wanted.tolist()]
+        index = torch.stack([own[int(share * len(own))] for own, share in zip(rows, chance.tolist(), strict=True)])
+        clean, ids, noise, timesteps = self.noised(to_pixel_values(pool.images[index]), wanted, generator)
+        sisters, own = marks.families(ids.cpu())
+        if config.contrast == 0:
+            sisters, own = ids[:, None], torch.zeros_like(ids)
+        losses = torch.stack(
+            [
+                denoising_loss(
+                    self.unet, self.training_schedule, clean, self.conditioning(self.first_id + asked), noise, timesteps
+                )
+                for asked in sisters.clamp(min=0).to(ids).unbind(1)
+            ],
+            dim=1,
+        )
+        denoised = losses.gather(1, own.to(ids)[:, None]).mean()
+        losses = losses.masked_fill((sisters < 0).to(losses.device), torch.inf)  # smaller families have no such sister
+        return denoised, tell_losses(losses, own.to(ids), clean[0].numel()).mean()
+
+    def metrics(self) -> dict[str, Any]:
+        """How many fresh images of each new class are recognised, and whether the parents kept their rewards."""
+        config, concepts = self.config, self.marks.concepts
+        self.pool = self.pool or self.collect()
+        self.use(self.average)
+        every = torch.arange(len(self.pipeline.class_names)).repeat_interleave(config.check_images_per_class)
+        images, rewards = self.drawn(every, 1)
+        base = every[every < self.first_id]
+        with lora.disabled(self.unet):
+            _, before = self.drawn(base, 1)
+        change = rewards[: len(base)] - before
+        error = float(change.std()) / len(change) ** 0.5
+        new = every >= self.first_id
+        parents = [concepts[class_id - self.first_id].parent for class_id in every[new].tolist()]
+        guesses = self.classifier.probabilities(images[new], parents).argmax(1)
+        entries = []
+        for index, concept in enumerate(concepts):
+            own = every[new] == self.first_id + index
+            marked = self.marks.concept_ids == index
+            entries.append(
+                {
+                    **asdict(concept),
+                    "marks": int(marked.sum()),
+                    "marks_of_real": int((marked & self.marks.real).sum()),
+                    "images": int((self.pool.concept_ids == index).sum()),
+                    "recognised": float((guesses[own] == index).float().mean()),
+                    "mean_reward": float(rewards[new][own].mean()),
+                }
+            )
+        if float(change.mean()) < -3 * error:
+            say(f"The classes lost {-float(change.mean()):.3f} of their mean reward; raise `beta`, or lower `steps`.")
+        return {
+            "concepts": entries,
+            "marks_cross_validated": self.classifier.cross_validated(config.seed),
+            "pool": self.pool.counts,
+            "mean_reward_before": float(before.mean()),
+            "mean_reward_after": float(rewards[: len(base)].mean()),
+            "mean_reward_change_error": error,
+        }
