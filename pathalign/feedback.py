@@ -31,8 +31,8 @@ def build(config: FeedbackConfig, output_dir: str | Path) -> RunRecord:
     """Write a feedback dataset: the splits `train`, `validation` and `test`, and `agreement.json`.
 
     Columns: `plausible` (0..1), `majority` (`plausible` above one half), `n_grades`, `failed_<criterion>` (share of the
-    counted graders), `subtype` (see `agreed_subtypes`, else empty) and the candidate's `seed`. Real controls count for
-    agreement only; they are in no split.
+    counted graders), the candidate's `seed`, and where graders marked subtypes `subtype` (see `agreed_subtypes`, else
+    empty). Real controls count for agreement only; they are in no split.
 
     Args:
         config: What to read and how to count.
@@ -52,7 +52,8 @@ def build(config: FeedbackConfig, output_dir: str | Path) -> RunRecord:
     control = _is_kind(REAL_CONTROL, candidates, ratings)
     images = label(candidates, ratings, np.where(control, np.nan, plausible), config.min_grades_per_image)
     marks = agreed_subtypes(current.grades)
-    images.columns["subtype"] = [marks.get(image_id, "") for image_id in images.image_ids]
+    if marks:
+        images.columns["subtype"] = [marks.get(image_id, "") for image_id in images.image_ids]
     splits = split(images, config)
     controls = plausible[control & ~np.isnan(plausible)] > 0.5
     repeats = _is_kind(REPEAT, candidates, ratings)
@@ -64,7 +65,7 @@ def build(config: FeedbackConfig, output_dir: str | Path) -> RunRecord:
         "simulated": report["simulated"],
         "n": len(images),
         "plausible_share": float(np.mean(images.columns["majority"])),
-        "subtype_marks": sum(map(bool, images.columns["subtype"])),
+        "subtype_marks": sum(map(bool, images.columns.get("subtype", []))),
         "splits": {name: _split_counts(part) for name, part in splits.items()},
         **{name: report[name] for name in ("n_grades", "n_graders", "krippendorff_alpha", "left_out")},
     }

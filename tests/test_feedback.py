@@ -363,7 +363,6 @@ def test_the_dataset_holds_each_graded_image_once_with_its_shares(workplace, can
         "n_grades": 3,
         "failed_class": pytest.approx(1 / 3),
         "failed_nucleus_shape": pytest.approx(2 / 3),
-        "subtype": "",
         "seed": 0,
         "kind": "synthetic",
     }

@@ -83,7 +83,8 @@ def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
     subjects, panel, training = load_subjects(config), load_panel(config), training_checks(config.adapter)
     with artefact(output_dir) as folder:
         answers = {name: consult(panel, images) for name, images in subjects.judged().items()}
-        quality = measure_images(config, subjects, panel.encoder, folder / "checkpoints", panel.device)
+        scratch = Path(config.feature_cache) if config.feature_cache else folder / "checkpoints"
+        quality = measure_images(config, subjects, panel.encoder, scratch, panel.device)
         metrics = assemble(config, subjects, panel, answers, quality, training)
         graded = _rewards(panel, subjects.feedback) if panel.reward_model and subjects.feedback else None
         if panel.reward_model and subjects.feedback and graded is not None:

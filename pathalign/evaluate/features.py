@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from pathalign.artefacts import fingerprint, write_atomically
@@ -39,8 +40,9 @@ class FeatureStore:
         """
         name = fingerprint([self.encoder_name, len(images), orientations, content_id(images)])
         path = self.folder / f"features-{name}.npy"
-        if not path.is_file():
-            self._make(path, images, description, orientations)
+        with FileLock(path.with_suffix(".lock")):  # evaluations at the same time may share a folder
+            if not path.is_file():
+                self._make(path, images, description, orientations)
         return np.load(path, mmap_mode="r")
 
     @torch.no_grad()

@@ -13,8 +13,9 @@ from accelerate import PartialState
 from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
 from pathalign.evaluate import alignment, utility
-from pathalign.evaluate.fidelity import FeatureStore, rows_of_class
-from pathalign.experiments.recipe import Arm, Experiment
+from pathalign.evaluate.features import FeatureStore
+from pathalign.evaluate.fidelity import rows_of_class
+from pathalign.experiments.recipe import Arm, Experiment, features_of
 from pathalign.grading.simulated import SimulatedGrader
 from pathalign.images import ImageSet
 from pathalign.reward import load_reward_model
@@ -167,7 +168,7 @@ def rare_class(place: Place) -> dict[str, Figure]:
         rows = rows_of_class(generated, generated.class_names.index(name))[:added]
         generated = generated.select(rows.tolist())
     encoder = load_encoder("efficientnet-lite0")
-    store = FeatureStore(encoder, "efficientnet-lite0", place.first.parents[2] / "features", PartialState().device)
+    store = FeatureStore(encoder, "efficientnet-lite0", features_of(place.first.parents[3]), PartialState().device)
     features = store.features(train.images, "real training images")
     class_ids = train.class_ids.numpy()
     if generated is not None:

@@ -116,6 +116,11 @@ class Experiment:
         return plan(self.values(arm, seed, data, minutes), run_dir, title=title)
 
 
+def features_of(output_dir: Path) -> Path:
+    """Where all experiments of a directory keep the features of their images."""
+    return output_dir / "features"
+
+
 def names() -> list[str]:
     """Names of the experiments that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))

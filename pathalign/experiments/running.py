@@ -15,9 +15,10 @@ from pathlib import Path
 
 import yaml
 
-from pathalign.experiments.recipe import Arm, Experiment
+from pathalign.experiments.recipe import Arm, Experiment, features_of
 from pathalign.progress import say
 from pathalign.schema import InputError
+from pathalign.workflow import merge
 
 LOG_NAME = "log.txt"
 SHOWN_LOG_LINES = 12
@@ -91,7 +92,9 @@ class _Process:
         self.run, self.log = run, run.folder / LOG_NAME
         run.folder.mkdir(parents=True, exist_ok=True)
         config = run.folder / "config.yaml"
-        config.write_text(yaml.safe_dump(run.experiment.values(run.arm, run.seed, data, minutes), sort_keys=False))
+        values = run.experiment.values(run.arm, run.seed, data, minutes)
+        values = merge({"evaluate": {"feature_cache": str(features_of(output_dir))}}, values)
+        config.write_text(yaml.safe_dump(values, sort_keys=False))
         command = [sys.executable, "-m", "pathalign.cli", "run", str(config), "--output-dir", str(run.folder)]
         command += ["--until", run.arm.until, "--reuse", str(output_dir), "--json"]
         threads = str(max(1, (os.cpu_count() or 1) // workers))

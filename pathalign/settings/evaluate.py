@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pathalign.config import ADAPTER, BACKBONE, DATASET, GRADER, REWARD_MODEL, StageConfig, option
 
@@ -13,6 +14,8 @@ COMMIT = re.compile("[0-9a-f]{40}")
 @dataclass
 class EvaluateConfig(StageConfig):
     """Which candidate sets are compared, against which real images, and who judges them."""
+
+    incidental: ClassVar[tuple[str, ...]] = ("feature_cache",)
 
     data: str = option("", "Real images: split `train` the base model saw, split `test` nothing saw.", holds=DATASET)
     before: str = option("", "Candidate set of the base model.", holds=DATASET)
@@ -43,6 +46,9 @@ class EvaluateConfig(StageConfig):
     )
     trust_remote_code: bool = option(
         False, "Run code that the repo of `encoder` brings; `encoder` must then be OWNER/NAME@COMMIT."
+    )
+    feature_cache: str | None = option(
+        None, "Folder where features of images are kept for other evaluations; by default they are thrown away."
     )
     neighbours: int = option(
         5, "Nearest neighbours of precision, recall, density and coverage.", minimum=1, maximum=100
