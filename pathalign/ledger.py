@@ -1,4 +1,4 @@
-"""The ledger of a run directory, `stages.json`: from what each folder was made, and what it held then."""
+"""The ledger of a run directory, `stages.json`: from what each folder was made, and what it held then. And locks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pathalign.artefacts import fingerprint, partial_dir, write_atomically
+from pathalign.progress import say
 from pathalign.rounds import Job
 from pathalign.schema import InputError
 
@@ -144,3 +146,50 @@ def peak_rss_mb() -> float:
     """Largest resident memory that this process has had, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024**2 if sys.platform == "darwin" else 1024)
+
+
+@contextmanager
+def shared(reuse: Path | None, key: str) -> Iterator[None]:
+    """Of several runs that share their steps, one makes what all need, and the others wait for it."""
+    if reuse is None:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    folder = reuse / ".making"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / key)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say("Another run is making this step; waiting for it.")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Work in a run directory alone.
+
+    Raises:
+        InputError: If another process works there, or it cannot be written to.
+    """
+    from filelock import FileLock, Timeout  # brings asyncio along, for which help need not wait
+
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"Another pathalign run is working in {run_dir}. Wait until it ends, or choose another `--output-dir`."
+        ) from error
+    except OSError as error:
+        raise InputError(f"Cannot write to {run_dir}: {error.strerror}. Choose another `--output-dir`.") from error
+    try:
+        yield
+    finally:
+        lock.release()

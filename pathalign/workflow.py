@@ -9,8 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any
 
 from pathalign.artefacts import fingerprint
 from pathalign.config import ConfigError, StageConfig, build, read_yaml, unknown_choice, unknown_key
-from pathalign.ledger import Ledger, run_dirs, signature
+from pathalign.ledger import Ledger, locked, run_dirs, shared, signature
 from pathalign.progress import say
 from pathalign.rounds import Job, next_round
-from pathalign.schema import InputError, library_versions
+from pathalign.schema import library_versions
 from pathalign.settings.adapter import is_function, weighted_source
 from pathalign.settings.pull import STUDY
 from pathalign.stages import MOST_ROUNDS, PULL, STAGES, Stage, Step, load, stage_names
@@ -283,7 +282,7 @@ def execute(
         raise ConfigError("Stages", problems)
     first = _places(jobs, start)[0] if start else len(jobs)
     jobs = jobs[: _places(jobs, until)[-1] + 1] if until else jobs
-    with _locked(run_dir):
+    with locked(run_dir):
         ledger = Ledger(run_dir)
         if start:
             ledger.force(start, [job.step.folder for job in jobs[first:]])
@@ -293,7 +292,7 @@ def execute(
         for number, job in enumerate(jobs, 1):
             place = f"[{number}/{len(jobs)}]"
             look = new_grades and job.stage.name == "grade"
-            with _shared(reuse, _key(job, contents)):
+            with shared(reuse, _key(job, contents)):
                 results.append(_execute(job, place, ledger, contents, job.step.folder in held, look, reuse))
         ledger.forced_from = None
         ledger.save()
@@ -360,45 +359,3 @@ def _execute(
     entry = ledger.steps[name]
     status = "kept" if kept is not None else "taken" if taken is not None else "made"
     return StepResult(job.stage.name, job.folder, status, entry["wall_s"], entry["peak_rss_mb"])
-
-
-@contextmanager
-def _shared(reuse: Path | None, key: str) -> Iterator[None]:
-    """Of several runs that share their steps, one makes what all need, and the others wait for it."""
-    if reuse is None:
-        yield
-        return
-    from filelock import FileLock, Timeout
-
-    folder = reuse / ".making"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / key)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say("Another run is making this step; waiting for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout  # brings asyncio along, for which help need not wait
-
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(
-            f"Another pathalign run is working in {run_dir}. Wait until it ends, or choose another `--output-dir`."
-        ) from error
-    except OSError as error:
-        raise InputError(f"Cannot write to {run_dir}: {error.strerror}. Choose another `--output-dir`.") from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -24,6 +24,7 @@ COMMANDS = [
     *STAGE_COMMANDS,
     "run",
     "demo",
+    "experiment",
     "publish",
     "grade",
     "grade serve",
@@ -218,7 +219,7 @@ def fake_execute(monkeypatch, fake_stage):
     """Replaces the work of `run` and `demo`: the evaluation's files appear; yields the jobs."""
     seen: dict = {}
 
-    def execute(jobs, run_dir, start=None, until=None, new_grades=False):
+    def execute(jobs, run_dir, start=None, until=None, new_grades=False, reuse=None):
         seen.update(jobs={job.step.folder: job.config for job in jobs}, run_dir=run_dir, start=start, until=until)
         print("a library talks on stdout")
         (run_dir / "evaluation").mkdir(parents=True)
