@@ -217,7 +217,7 @@ def test_every_figure_is_shown_with_its_interval_and_number_of_images(rendered):
         "roc_auc 0.910",
     ):
         assert expected in text
-    assert text.count("not measured") == 2  # what the judge says of a criterion that only the reward model has
+    assert outline.text.count("not measured") == 2  # what the judge says of a criterion that only the reward model has
     assert "▼ clear" in text and "✗ near-copy" in text and "✓ no near-copy" in text and "fails nucleus" in text
     assert text.count(DISCLAIMER) == 2 and "phantom" not in text
 
