@@ -34,7 +34,6 @@ from pathalign.schema import DISCLAIMER, RunRecord
 
 PAIRS_PER_CLASS = 6
 CRITERIA_SHOWN = 5  # of an image
-VISIBLE_CHANGE = 0.005  # of a reward of a criterion, shown with two digits
 TEMPLATE = "report.html.jinja"
 GENERAL_TERMS = {"judge", "grader", "interval", "seed", "control", "best_of_n", "criterion_reward", "saliency"}
 SECTIONS = (  # id and heading
@@ -352,7 +351,7 @@ def changed_pairs(exhibits: Exhibits) -> dict[str, list[dict[str, Any]]]:
 
     def pair(row: int) -> dict[str, Any]:
         before, after = (look.criteria_rewards[name][row].tolist() for name in ("before", "after"))
-        moved = [entry for entry in zip(look.criteria, before, after, strict=True) if _change(entry) >= VISIBLE_CHANGE]
+        moved = [entry for entry in zip(look.criteria, before, after, strict=True) if _visible(entry)]
         changes = sorted(moved, key=_change, reverse=True)
         tiles = {name: close_tile(exhibits, name, row) for name in ("before", "after")}
         return tiles | {"changes": changes[:CRITERIA_SHOWN]}
@@ -361,6 +360,11 @@ def changed_pairs(exhibits: Exhibits) -> dict[str, list[dict[str, Any]]]:
         name: [pair(row) for row in rows]
         for name, rows in (("risen", look.chosen.risen), ("fallen", look.chosen.fallen))
     }
+
+
+def _visible(entry: tuple[str, float, float]) -> bool:
+    """Whether a change shows in two digits."""
+    return f"{entry[1]:.2f}" != f"{entry[2]:.2f}"
 
 
 def _change(entry: tuple[str, float, float]) -> float:

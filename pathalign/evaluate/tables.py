@@ -66,7 +66,6 @@ def eyes(metrics: dict[str, Any]) -> Table | None:
                 ),
                 *(_met(values["per_criterion"].get(name)) for values in (before, after)),
             ],
-            term="criterion_reward",
         )
         for name in names
     ]

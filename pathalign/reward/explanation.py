@@ -52,8 +52,8 @@ class Explanation:
 
     @property
     def scale(self) -> float:
-        """Saliency that an overlay shows in full colour: one pixel in fifty of all these images reaches it. Above 0."""
-        return max(float(np.quantile(self.saliency.abs().numpy(), 0.98)), 1e-12)
+        """Saliency that an overlay shows in full colour: one pixel in a hundred of these images reaches it. Above 0."""
+        return max(float(np.quantile(self.saliency.abs().numpy(), 0.99)), 1e-12)
 
 
 def require_captum() -> Any:
@@ -162,7 +162,7 @@ def overlay(image: Any, saliency: Tensor, scale: float, size_px: int = OVERLAY_S
     drawn = Image.fromarray(saliency.numpy().astype(np.float32)).resize(shape, Image.Resampling.BICUBIC)
     strength = np.clip(np.asarray(drawn) / scale, -1, 1)
     colour = np.where((strength > 0)[..., None], RAISES, LOWERS).astype(np.float32)
-    opacity = 0.85 * np.abs(strength)[..., None]
+    opacity = 0.8 * np.abs(strength)[..., None]
     shown = ground * (1 - opacity) + colour * opacity
     rows, columns = np.indices(shape)
     for sign, visible in ((1, np.ones(shape, bool)), (-1, (rows + columns) // 4 % 2 == 0)):

@@ -220,7 +220,7 @@ def pairs_html(
         )
         if looks:
             figures += "".join(
-                _picture(f"{title}: where it looks", f"{title}, seed {seed}: where it looks", png_url(looks[role][row]))
+                _picture("Where it looks", f"{title}, seed {seed}: where it looks", png_url(looks[role][row]))
                 for role, title in TITLES.items()
             )
         table = _rewards_table(seed, criteria, [rewards[role][row] for role in TITLES]) if rewards else ""

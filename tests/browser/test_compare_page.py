@@ -189,7 +189,7 @@ def test_each_pair_has_the_rewards_of_both_images_and_of_every_criterion(browser
 def test_where_the_reward_model_looks_is_shown_on_demand_once_for_each_pair_and_computed_once(browser, server):
     page = opened(browser, server.address)
     page.get_by_text("a b, same seeds").wait_for()
-    assert "where it looks" not in page.inner_text(".pairs")
+    assert "where it looks" not in page.inner_text(".pairs").lower()
     page.get_by_role("button", name="Other seeds").click()
     page.get_by_text("seed 6", exact=True).wait_for()
     for _ in range(2):
