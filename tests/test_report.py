@@ -339,6 +339,14 @@ def test_the_rewards_of_criteria_are_summed_up_with_intervals_and_checked_agains
     assert skill["granules"] == {"n": 3, "n_failed": 0, "roc_auc": None}
 
 
+def test_paired_gains_are_tabled_in_points_where_they_were_measured(tmp_path, metrics, exhibits):
+    metrics["gains"] = {"precision": {"gain": 0.05, "ci": [0.01, 0.09]}, "recall": {"gain": -0.02, "ci": [-0.06, 0.02]}}
+    metrics["gains_over_control"] = {"precision": {"gain": 0.1, "ci": [0.02, 0.18]}}
+    _, outline = render(tmp_path, metrics, exhibits)
+    text = " ".join(outline.text)
+    assert "Precision +5.0 1.0 to 9.0 +10.0 2.0 to 18.0 Recall -2.0 -6.0 to 2.0 not measured" in text
+
+
 def test_an_older_evaluation_without_rewards_of_criteria_is_still_a_page(tmp_path, metrics, exhibits):
     del metrics["criterion_skill"]
     for values in metrics["metrics"].values():

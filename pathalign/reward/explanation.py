@@ -1,10 +1,11 @@
 """Why a reward is what it is: the rewards of single criteria, and where in the image the reward model looks.
 
 Where: Integrated Gradients (Sundararajan et al., arXiv:1703.01365, eq. 1) by Captum, on the calibrated log-odds of
-plausible, from an image of the same mean colour and no structure. Chosen among black, grey and blurred starting images,
-SmoothGrad (arXiv:1706.03825), Occlusion and GradCAM by deletion and by randomized weights (arXiv:1810.03292), see
-`tests/benchmarks/saliency.py`: smoothed a little it points as well as Occlusion and SmoothGrad do, costs less than
-either, works with every encoder, and its parts add up to the whole.
+plausible, from an image of the same mean colour and no structure, smoothed a little. Chosen on one run among other
+starting images, SmoothGrad (arXiv:1706.03825), Occlusion and GradCAM, and confirmed on two others
+(`tests/benchmarks/saliency.py`): covering what it marks changes the reward most but for the same from a blurred image, it
+works with every encoder, and its parts add up to the whole. Randomized weights (arXiv:1810.03292) change its maps, though
+where there is a cell shows in both: read the signs, not only the places.
 """
 
 from __future__ import annotations
