@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pathalign.evaluate import figures, report
+from pathalign.evaluate import figures, report, tables
 from pathalign.evaluate.alignment import Verdicts
 from pathalign.evaluate.explained import Chosen, CloseLook, criterion_metrics, criterion_skill
 from pathalign.images import ImageSet
@@ -339,12 +339,18 @@ def test_the_rewards_of_criteria_are_summed_up_with_intervals_and_checked_agains
     assert skill["granules"] == {"n": 3, "n_failed": 0, "roc_auc": None}
 
 
-def test_paired_gains_are_tabled_in_points_where_they_were_measured(tmp_path, metrics, exhibits):
+def test_paired_gains_are_tabled_in_points_where_they_were_measured(metrics):
+    titles = {"precision": "Precision", "recall": "Recall", "coverage": "Coverage"}
+    assert tables.gains(metrics, titles) is None
     metrics["gains"] = {"precision": {"gain": 0.05, "ci": [0.01, 0.09]}, "recall": {"gain": -0.02, "ci": [-0.06, 0.02]}}
     metrics["gains_over_control"] = {"precision": {"gain": 0.1, "ci": [0.02, 0.18]}}
-    _, outline = render(tmp_path, metrics, exhibits)
-    text = " ".join(outline.text)
-    assert "Precision +5.0 1.0 to 9.0 +10.0 2.0 to 18.0 Recall -2.0 -6.0 to 2.0 not measured" in text
+    rows = {
+        row.title: [(entry.value, entry.interval) for entry in row.cells] for row in tables.gains(metrics, titles).rows
+    }
+    assert rows == {
+        "Precision": [("+5.0", "1.0 to 9.0"), ("+10.0", "2.0 to 18.0")],
+        "Recall": [("-2.0", "-6.0 to 2.0"), ("not measured", "")],
+    }
 
 
 def test_an_older_evaluation_without_rewards_of_criteria_is_still_a_page(tmp_path, metrics, exhibits):

@@ -3,9 +3,9 @@
 Where: Integrated Gradients (Sundararajan et al., arXiv:1703.01365, eq. 1) by Captum, on the calibrated log-odds of
 plausible, from an image of the same mean colour and no structure, smoothed a little. Chosen on one run among other
 starting images, SmoothGrad (arXiv:1706.03825), Occlusion and GradCAM, and confirmed on two others
-(`tests/benchmarks/saliency.py`): covering what it marks changes the reward most but for the same from a blurred image, it
-works with every encoder, and its parts add up to the whole. Randomized weights (arXiv:1810.03292) change its maps, though
-where there is a cell shows in both: read the signs, not only the places.
+(`tests/benchmarks/saliency.py`): covering what it marks changes the reward more than with any other method, only a
+blurred image to start from does as well; it works with every encoder, and its parts add up to the whole. Randomized
+weights (arXiv:1810.03292) change its maps, though both show where there is a cell: read the signs, not only the places.
 """
 
 from __future__ import annotations
