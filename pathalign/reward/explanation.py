@@ -168,7 +168,7 @@ def overlay(image: Any, saliency: Tensor, scale: float, size_px: int = OVERLAY_S
     rows, columns = np.indices(shape)
     for sign, visible in ((1, np.ones(shape, bool)), (-1, (rows + columns) // 4 % 2 == 0)):
         area = sign * strength >= OUTLINED
-        shown[area & ~binary_erosion(area, iterations=2) & visible] = RAISES if sign > 0 else LOWERS
+        shown[area & ~binary_erosion(area, iterations=3) & visible] = RAISES if sign > 0 else LOWERS
     buffer = io.BytesIO()
     Image.fromarray(shown.round().astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
