@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pathalign.evaluate import alignment, fidelity, memorization, utility
 from pathalign.evaluate.subjects import load_subjects
 from pathalign.grading.simulated import Judgement
 from pathalign.images import ImageSet
+from pathalign.reward import RewardModel, RewardModelConfig
 from pathalign.reward.calibration import evaluation
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.evaluate import EvaluateConfig
@@ -444,3 +446,35 @@ def test_the_checks_of_a_watched_training_come_from_the_adapters_record(inputs, 
     with pytest.raises(InputError, match=r"nowhere has no run\.json"):
         stage.evaluate(config(inputs, adapter="nowhere"), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_the_rewards_of_criteria_are_those_of_the_models_heads_and_are_shown_with_where_it_looks(
+    inputs, panel, tmp_path
+):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        names = {"class_names": ["b", "a"], "criteria": ["nucleus"]}  # another order than the images have
+        model = RewardModel(RewardModelConfig(**names, image_size_px=8, convnet_channels=[8, 16])).eval()
+    model.save_pretrained(tmp_path / "reward")
+    graded = images(20, 6)
+    columns = {"plausible": [row % 2 for row in range(20)], "failed_nucleus": [float(row % 2) for row in range(20)]}
+    replace(graded, columns=columns).save(tmp_path / "feedback", "test")
+    settings = config(inputs, reward_model=str(tmp_path / "reward"), feedback=str(tmp_path / "feedback"))
+    metrics = stage.evaluate(settings, tmp_path / "out").metrics
+    for name in ("before", "after", "control"):
+        found = ImageSet.load(inputs[name])
+        with torch.no_grad():
+            output = model(found.pixel_values(), 1 - found.class_ids)
+        expected = torch.sigmoid(output.criteria_logits).mean().item()
+        measured = metrics["metrics"][name]["per_criterion_reward"]["nucleus"]
+        assert measured["mean_reward"] == pytest.approx(expected, abs=1e-5) and measured["n"] == 30
+        assert metrics["metrics"][name]["mean_reward"] == pytest.approx(output.rewards.mean().item(), abs=1e-5)
+    assert metrics["criterion_skill"]["nucleus"]["n_failed"] == 10
+    assert (tmp_path / "out/figures/looks_highest.png").is_file()
+    assert "Where it looks" in (tmp_path / "out/report.html").read_text()
+
+
+def test_without_captum_an_evaluation_with_a_reward_model_ends_before_it_measures(inputs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    with pytest.raises(InputError, match=r"pip install 'pathalign\[eval\]'"):
+        stage.load_panel(config(inputs, reward_model=str(tmp_path / "reward")))

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pathalign.evaluate import figures, report
+from pathalign.evaluate import figures, report, tables
 from pathalign.evaluate.alignment import Verdicts
 from pathalign.evaluate.explained import Chosen, CloseLook, criterion_metrics, criterion_skill
 from pathalign.images import ImageSet
@@ -223,7 +223,7 @@ def test_every_figure_is_shown_with_its_interval_and_number_of_images(rendered):
         "roc_auc 0.910",
     ):
         assert expected in text
-    assert text.count("not measured") == 2  # what the judge says of a criterion that only the reward model has
+    assert outline.text.count("not measured") == 2  # what the judge says of a criterion that only the reward model has
     assert "▼ clear" in text and "✗ near-copy" in text and "✓ no near-copy" in text and "fails nucleus" in text
     assert text.count(DISCLAIMER) == 2 and "phantom" not in text
 
@@ -343,6 +343,20 @@ def test_the_rewards_of_criteria_are_summed_up_with_intervals_and_checked_agains
     skill = criterion_skill(("nucleus", "granules"), rewards, graded)
     assert skill["nucleus"] == {"n": 3, "n_failed": 1, "roc_auc": 1.0}  # a tie of the graders is left out
     assert skill["granules"] == {"n": 3, "n_failed": 0, "roc_auc": None}
+
+
+def test_paired_gains_are_tabled_in_points_where_they_were_measured(metrics):
+    titles = {"precision": "Precision", "recall": "Recall", "coverage": "Coverage"}
+    assert tables.gains(metrics, titles) is None
+    metrics["gains"] = {"precision": {"gain": 0.05, "ci": [0.01, 0.09]}, "recall": {"gain": -0.02, "ci": [-0.06, 0.02]}}
+    metrics["gains_over_control"] = {"precision": {"gain": 0.1, "ci": [0.02, 0.18]}}
+    rows = {
+        row.title: [(entry.value, entry.interval) for entry in row.cells] for row in tables.gains(metrics, titles).rows
+    }
+    assert rows == {
+        "Precision": [("+5.0", "1.0 to 9.0"), ("+10.0", "2.0 to 18.0")],
+        "Recall": [("-2.0", "-6.0 to 2.0"), ("not measured", "")],
+    }
 
 
 def test_an_older_evaluation_without_rewards_of_criteria_is_still_a_page(tmp_path, metrics, exhibits):

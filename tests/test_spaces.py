@@ -59,6 +59,14 @@ def test_requirements_pin_this_version_and_the_tested_gradio():
     assert found["gradio"].extras == {"oauth"}
 
 
+def test_everything_that_the_compare_space_asks_for_is_pinned_as_tested():
+    lines = (PROJECT / "spaces" / "compare" / "requirements.txt").read_text().split()
+    found = {entry.name: str(entry.specifier) for entry in map(Requirement, lines)}
+    tested = {name: f"=={pinned()[name]}" for name in ("gradio", "captum")}
+    version = re.search(r'^version = "(.+)"', (PROJECT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
+    assert found == {"pathalign": f"=={version}", **tested}
+
+
 @pytest.mark.parametrize("name", ["page.html", "page.css"])
 def test_templates_hold_nothing_that_gradio_would_run_or_fill_in(name: str):
     text = (GRADE / name).read_text()

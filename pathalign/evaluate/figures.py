@@ -123,7 +123,8 @@ def criterion_rewards(axes: Axes, sets: dict[str, Any]) -> None:
             _point(axes, row + shift, entry["mean_reward"], entry["mean_reward_ci"], name, legend)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     _percent_axis(axes, len(names))
-    axes.set_xlabel("mean reward of the criterion (%)")
+    axes.set_xlabel("mean reward of the criterion")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 100:.1f}")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
 

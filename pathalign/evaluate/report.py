@@ -22,19 +22,16 @@ from pathalign.evaluate.page import (
     Cell,
     Table,
     TableRow,
-    interval_text,
     measured_cell,
-    number,
     percent,
-    points,
     write_page,
 )
+from pathalign.evaluate.wording import hacking_warning, headline, in_plain_words
 from pathalign.images import ImageSet
 from pathalign.schema import DISCLAIMER, RunRecord
 
 PAIRS_PER_CLASS = 6
 CRITERIA_SHOWN = 5  # of an image
-VISIBLE_CHANGE = 0.005  # of a reward of a criterion, shown with two digits
 TEMPLATE = "report.html.jinja"
 GENERAL_TERMS = {"judge", "grader", "interval", "seed", "control", "best_of_n", "criterion_reward", "saliency"}
 SECTIONS = (  # id and heading
@@ -145,65 +142,6 @@ def summary_table(metrics: dict[str, Any]) -> str:
     return "\n".join([warning, "", *lines] if (warning := hacking_warning(metrics)) else lines)
 
 
-def hacking_warning(metrics: dict[str, Any]) -> str:
-    """The sentence that must come first when the reward was hacked, else an empty text."""
-    if not metrics["reward_hacking"]:
-        return ""
-    before, after = metrics["metrics"]["before"], metrics["metrics"]["after"]
-    risen = [
-        f"{title} rose from {form(before[key])} to {form(after[key])}"
-        for key, title, form in (
-            ("mean_reward", "the mean reward", number),
-            ("grader_share", "the grader's plausible share", percent),
-        )
-        if before[key] is not None and after[key] > before[key]
-    ]
-    low, high = metrics["plausible_gain_ci"]
-    certainty = "beyond chance" if high < 0 else "though chance could explain the fall"
-    return (
-        f"Reward hacking: {' and '.join(risen)}, while the independent judge's plausible share fell from "
-        f"{percent(before['plausible_share'])} to {percent(after['plausible_share'])} "
-        f"({interval_text([low, high], 100)} points; {certainty}). Do not use this model."
-    )
-
-
-def headline(metrics: dict[str, Any]) -> str:
-    """What happened to the plausible share, in sentences."""
-    sets, level = metrics["metrics"], f"{100 * metrics['confidence']:.0f} %"
-    real = sets["real"]
-    text = (
-        f"The simulated judge finds {percent(sets['before']['plausible_share'])} of the base model's images plausible "
-        f"and {percent(sets['after']['plausible_share'])} of the aligned model's: {points(metrics['plausible_gain'])} "
-        f"points ({level} interval {interval_text(metrics['plausible_gain_ci'], 100)}; {sets['after']['n']} pairs "
-        f"of the same seed). It accepts {percent(real['plausible_share'])} of {real['n']} unseen real images."
-    )
-    if metrics["gap_closed"] is None:
-        text += " Real images are not judged above the base, so there is no gap to close."
-    else:
-        within = interval_text(metrics["gap_closed_ci"], 100)
-        text += f" Part of that distance closed: {percent(metrics['gap_closed'])}"
-        text += f" ({level} interval {within} %)." if within else " (the distance is too small for an interval)."
-    if metrics["gain_over_control"] is not None:
-        text += (
-            f" Against continued pretraining of the same compute: {points(metrics['gain_over_control'])} points "
-            f"({interval_text(metrics['gain_over_control_ci'], 100)})."
-        )
-    return text
-
-
-def in_plain_words(metrics: dict[str, Any]) -> str:
-    """What happened to the plausible share, for a reader who knows no statistics."""
-    sets, (low, high) = metrics["metrics"], metrics["plausible_gain_ci"]
-    before, after, real = (round(100 * sets[name]["plausible_share"]) for name in ("before", "after", "real"))
-    text = (
-        f"Of 100 images of the base model the judge finds {before} plausible, of 100 of the aligned model {after}, and "
-        f"of 100 real images that it never saw {real}."
-    )
-    if low <= 0 <= high:
-        return text + " Chance alone could explain the change."
-    return text + f" The {'rise' if low > 0 else 'fall'} is larger than chance explains."
-
-
 def metric_table(metrics: dict[str, Any]) -> Table:
     """All metrics of all sets."""
     rows = [
@@ -238,6 +176,7 @@ def write(folder: Path, metrics: dict[str, Any], exhibits: Exhibits, record: Run
         plain_words=in_plain_words(metrics),
         headline=headline(metrics).replace(" %", "\u00a0%"),
         table=metric_table(metrics),
+        gains=tables.gains(metrics, {row.key: row.title for row in ROWS if row.kind == "share"}),
         worse=tables.worse(metrics),
         classes=tables.classes(metrics),
         criteria=tables.criteria(metrics),
@@ -363,7 +302,7 @@ def changed_pairs(exhibits: Exhibits) -> dict[str, list[dict[str, Any]]]:
 
     def pair(row: int) -> dict[str, Any]:
         before, after = (look.criteria_rewards[name][row].tolist() for name in ("before", "after"))
-        moved = [entry for entry in zip(look.criteria, before, after, strict=True) if _change(entry) >= VISIBLE_CHANGE]
+        moved = [entry for entry in zip(look.criteria, before, after, strict=True) if _visible(entry)]
         changes = sorted(moved, key=_change, reverse=True)
         tiles = {name: close_tile(exhibits, name, row) for name in ("before", "after")}
         return tiles | {"changes": changes[:CRITERIA_SHOWN]}
@@ -372,6 +311,11 @@ def changed_pairs(exhibits: Exhibits) -> dict[str, list[dict[str, Any]]]:
         name: [pair(row) for row in rows]
         for name, rows in (("risen", look.chosen.risen), ("fallen", look.chosen.fallen))
     }
+
+
+def _visible(entry: tuple[str, float, float]) -> bool:
+    """Whether a change shows in two digits."""
+    return f"{entry[1]:.2f}" != f"{entry[2]:.2f}"
 
 
 def _change(entry: tuple[str, float, float]) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pathalign.evaluate.figures import CURVES, SET_TITLES
 from pathalign.evaluate.page import (
+    NOT_MEASURED,
     Cell,
     Table,
     TableRow,
@@ -13,6 +14,7 @@ from pathalign.evaluate.page import (
     measured_cell,
     number,
     percent,
+    points,
 )
 
 
@@ -36,6 +38,30 @@ def worse(metrics: dict[str, Any]) -> Table:
         "0, or, where there is none, the loss exceeds 5 points (5 % for distances). The rest may be chance."
     )
     return Table(caption, ("Figure", "Before", "After", "Change", "Verdict"), rows, text_columns=(4,))
+
+
+def gains(metrics: dict[str, Any], titles: dict[str, str]) -> Table | None:
+    """What changed from before and from the control to after, with paired intervals; None where that was not measured.
+
+    Args:
+        metrics: Content of `metrics.json`; `gains` and `gains_over_control` hold `gain` and `ci` by metric.
+        titles: Key of a metric that is a share -> its title.
+    """
+    over = {name: metrics.get(name) or {} for name in ("gains", "gains_over_control")}
+    rows = [
+        TableRow(title, [_points(found.get(key)) for found in over.values()])
+        for key, title in titles.items()
+        if any(key in found for found in over.values())
+    ]
+    caption = (
+        f"Change in percentage points, with the {percent(metrics['confidence'], 0)} interval over pairs of the same "
+        "seed. An interval that holds 0 leaves open whether anything changed."
+    )
+    return Table(caption, ("Metric", "After less before", "After less control"), rows) if rows else None
+
+
+def _points(entry: dict[str, Any] | None) -> Cell:
+    return Cell(NOT_MEASURED) if entry is None else Cell(points(entry["gain"]), interval_text(entry["ci"], 100))
 
 
 def classes(metrics: dict[str, Any]) -> Table:
@@ -66,7 +92,6 @@ def eyes(metrics: dict[str, Any]) -> Table | None:
                 ),
                 *(_met(values["per_criterion"].get(name)) for values in (before, after)),
             ],
-            term="criterion_reward",
         )
         for name in names
     ]

@@ -34,7 +34,12 @@ def with_drawn_lowest_bits(pixels: np.ndarray, key: str) -> np.ndarray:
 
 def data_url(pixels: np.ndarray, key: str) -> str:
     """A picture as it is shown under `key`."""
-    return "data:image/png;base64," + base64.b64encode(png(with_drawn_lowest_bits(pixels, key))).decode()
+    return png_url(png(with_drawn_lowest_bits(pixels, key)))
+
+
+def png_url(content: bytes) -> str:
+    """The bytes of a PNG as data URL."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def resized(pixels: np.ndarray, height_px: int, width_px: int) -> np.ndarray:

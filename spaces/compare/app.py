@@ -2,6 +2,7 @@
 
     python spaces/compare/app.py --base-model runs/demo/base --aligned-adapter runs/demo/adapter --votes votes
 
+`--reward-model runs/demo/reward` adds what a reward model says of each criterion, and where in the images it looks.
 On a Space the same is said by variables: BASE_MODEL, BASE_ADAPTER, ALIGNED_MODEL, ALIGNED_ADAPTER, VOTES and so on.
 """
 
@@ -11,7 +12,7 @@ import argparse
 import html
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ from torch import Tensor
 from pathalign.grading.access import Access, Door, HubDoor, SingleDoor, Visitor
 from pathalign.grading.gate import LOCAL_HOSTS, SameSite, space_names
 from pathalign.grading.outbox import Outbox, install_sigterm
-from pathalign.grading.pictures import data_url
+from pathalign.grading.pictures import data_url, png_url
 from pathalign.grading.sinks import open_sink
 from pathalign.grading.study import check_lasting_secret, study_secret
 from pathalign.grading.versus import ALIGNED, BASE, Comparison, Showing, Votes, contenders, keep_pool, seeds_from
+from pathalign.grading.versus_rewards import ComparisonRewards, Rewards
 from pathalign.schema import DISCLAIMER, InputError
 
 HERE = Path(__file__).resolve().parent
@@ -40,6 +42,10 @@ ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 ON_SPACE = bool(os.environ.get("SPACE_ID"))
 PAIRS_SHOWN = 6
 CHOICES = {"left": "A is more plausible", "right": "B is more plausible", "tie": "Equal", "both_bad": "Both bad"}
+LEGEND = (
+    "<p>Where the reward model looks: <strong>blue in a whole line</strong> raised the reward, <strong>orange in a "
+    "dashed line</strong> lowered it, the stronger the more, against a plain image of the same colour.</p>"
+)
 TITLES = {BASE: "Base", ALIGNED: "Aligned"}
 
 
@@ -56,6 +62,7 @@ OPTIONS = {  # name on the command line, in capitals of a variable (not host and
     "base_adapter": (str, None, "LoRA adapter on the base pipeline."),
     "aligned_model": (str, None, "Pipeline to compare with; by default the base pipeline."),
     "aligned_adapter": (str, None, "LoRA adapter on it."),
+    "reward_model": (str, None, "Reward model: a folder or Hub id. Without it no rewards are shown."),
     "scheduler": (str, "dpmsolver++", "Sampler of both."),
     "inference_steps": (int, 10, "Denoising steps of both."),
     "guidance_scale": (float, 1.0, "Classifier-free guidance of both; 1 is none."),
@@ -92,7 +99,12 @@ def nothing() -> None:
     """A ZeroGPU Space does not start without a GPU function, not even to say that no models are named."""
 
 
-def build_page(comparison: Comparison | None, ballot: Ballot | None = None, problem: str = "") -> gr.Blocks:
+def build_page(
+    comparison: Comparison | None,
+    ballot: Ballot | None = None,
+    problem: str = "",
+    rewards: ComparisonRewards | None = None,
+) -> gr.Blocks:
     """The page; with a `problem` it says only that."""
     with gr.Blocks(title="Base against aligned", analytics_enabled=False) as page:
         gr.HTML(_wrapped(f"<h1>Base against aligned</h1><p class='notice'><strong>{DISCLAIMER}</strong></p>"))
@@ -100,25 +112,33 @@ def build_page(comparison: Comparison | None, ballot: Ballot | None = None, prob
             gr.HTML(_wrapped(f"<h2>No comparison yet</h2><p role='alert'>{_code(problem)}</p>"))
             return page
         if ballot is None:
-            _side_by_side(page, comparison)
+            _side_by_side(page, comparison, rewards)
             return page
         with gr.Tab("Side by side"):
-            _side_by_side(page, comparison)
+            _side_by_side(page, comparison, rewards)
         with gr.Tab("Blind vote"):
             _blind_vote(page, comparison, ballot)
     return page
 
 
-def _side_by_side(page: gr.Blocks, comparison: Comparison) -> None:
+def _side_by_side(page: gr.Blocks, comparison: Comparison, rewards: ComparisonRewards | None) -> None:
     state = gr.State((comparison.class_names[0], 0))
     with gr.Row():
         buttons = [gr.Button(name.replace("_", " "), min_width=120) for name in comparison.class_names]
+    gr.HTML(_wrapped(about_rewards(rewards)))
     pairs = gr.HTML()
-    other = gr.Button("Other seeds", variant="secondary")
+    with gr.Row():
+        other = gr.Button("Other seeds", variant="secondary")
+        can_look = rewards is not None and not rewards.cannot_look
+        look = gr.Button("Show where the reward model looks", variant="secondary", visible=can_look)
 
-    def show(class_label: str, first_seed: int) -> tuple[str, tuple[str, int]]:
+    def show(class_label: str, first_seed: int, looking: bool = False) -> tuple[str, tuple[str, int]]:
         seeds = seeds_from(first_seed, PAIRS_SHOWN)
-        return pairs_html(class_label, seeds, comparison.draw(class_label, seeds)), (class_label, first_seed)
+        judged = rewards.rewards(class_label, seeds) if rewards else {}
+        looks = rewards.looks(class_label, seeds) if rewards and looking else {}
+        criteria = rewards.criteria if rewards else ()
+        drawn = comparison.draw(class_label, seeds)
+        return pairs_html(class_label, seeds, drawn, criteria, judged, looks), (class_label, first_seed)
 
     def of_class(class_label: str) -> Callable[..., Any]:
         return lambda shown: show(class_label, shown[1])
@@ -126,9 +146,13 @@ def _side_by_side(page: gr.Blocks, comparison: Comparison) -> None:
     def of_other_seeds(shown: tuple[str, int]) -> tuple[str, tuple[str, int]]:
         return show(shown[0], shown[1] + PAIRS_SHOWN)
 
+    def with_looks(shown: tuple[str, int]) -> tuple[str, tuple[str, int]]:
+        return show(*shown, looking=True)
+
     for name, button in zip(comparison.class_names, buttons, strict=True):
         button.click(of_class(name), state, [pairs, state], api_visibility="private")
     other.click(of_other_seeds, state, [pairs, state], api_visibility="private")
+    look.click(with_looks, state, [pairs, state], api_visibility="private", concurrency_limit=1)
     page.load(lambda: show(comparison.class_names[0], 0), None, [pairs, state], api_visibility="private")
 
 
@@ -166,8 +190,27 @@ def _blind_vote(page: gr.Blocks, comparison: Comparison, ballot: Ballot) -> None
     page.load(show, None, [pair, state], api_visibility="private")
 
 
-def pairs_html(class_label: str, seeds: Sequence[int], drawn: dict[str, Tensor]) -> str:
-    """Base and aligned image of each seed beside each other."""
+def about_rewards(rewards: ComparisonRewards | None) -> str:
+    """What the numbers below the pairs are, or why there are none."""
+    if rewards is None:
+        return "<p>No reward model is named, so no rewards are shown. " + _code("`REWARD_MODEL` names one.") + "</p>"
+    text = (
+        "<p><strong>Reward</strong>: how sure the reward model is, from 0 to 1, that an expert would find the image "
+        "plausible. Below it the same for each point of the checklist. A network guesses here, no expert speaks.</p>"
+    )
+    problem = rewards.cannot_look
+    return text + (f"<p>Where it looks cannot be shown. {_code(problem)}</p>" if problem else "")
+
+
+def pairs_html(
+    class_label: str,
+    seeds: Sequence[int],
+    drawn: dict[str, Tensor],
+    criteria: Sequence[str] = (),
+    rewards: Mapping[str, Sequence[Rewards]] = {},
+    looks: Mapping[str, Sequence[bytes]] = {},
+) -> str:
+    """Base and aligned image of each seed beside each other, with their rewards and where the reward model looks."""
     name = html.escape(class_label.replace("_", " "))
     items = []
     for row, seed in enumerate(seeds):
@@ -175,8 +218,31 @@ def pairs_html(class_label: str, seeds: Sequence[int], drawn: dict[str, Tensor])
             _figure(title, f"{title}: synthetic {name}, seed {seed}", drawn[role][row], f"{role} {seed}")
             for role, title in TITLES.items()
         )
-        items.append(f"<li>{figures}<p>seed {seed}</p></li>")
-    return _wrapped(f"<h2>{name}, same seeds</h2><ul class='pairs'>{''.join(items)}</ul>")
+        if looks:
+            figures += "".join(
+                _picture("Where it looks", f"{title}, seed {seed}: where it looks", png_url(looks[role][row]))
+                for role, title in TITLES.items()
+            )
+        table = _rewards_table(seed, criteria, [rewards[role][row] for role in TITLES]) if rewards else ""
+        items.append(f"<li>{figures}<p>seed {seed}</p>{table}</li>")
+    legend = LEGEND if looks else ""
+    return _wrapped(f"<h2>{name}, same seeds</h2>{legend}<ul class='pairs'>{''.join(items)}</ul>")
+
+
+def _rewards_table(seed: int, criteria: Sequence[str], pair: Sequence[Rewards]) -> str:
+    heading = "".join(f"<th scope='col'>{title}</th>" for title in TITLES.values())
+    lines = [("Reward", [image.reward for image in pair])]
+    lines += [
+        (name.replace("_", " "), [image.criteria[place] for image in pair]) for place, name in enumerate(criteria)
+    ]
+    body = "".join(
+        f"<tr><th scope='row'>{html.escape(name)}</th>{''.join(f'<td>{value:.2f}</td>' for value in values)}</tr>"
+        for name, values in lines
+    )
+    return (
+        f"<table class='rewards'><caption>Rewards, seed {seed}</caption><thead><tr><td></td>{heading}</tr></thead>"
+        f"<tbody>{body}</tbody></table>"
+    )
 
 
 def showing_html(votes: Votes, showing: Showing | None, done: int, total: int) -> str:
@@ -196,7 +262,10 @@ def showing_html(votes: Votes, showing: Showing | None, done: int, total: int) -
 
 
 def _figure(title: str, alt: str, image: Tensor, key: str) -> str:
-    url = data_url(image.permute(1, 2, 0).numpy(), key)
+    return _picture(title, alt, data_url(image.permute(1, 2, 0).numpy(), key))
+
+
+def _picture(title: str, alt: str, url: str) -> str:
     return f"<figure><img src='{url}' alt='{alt}'><figcaption>{title}</figcaption></figure>"
 
 
@@ -230,6 +299,15 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
     return Comparison(first, second, options.scheduler, options.inference_steps, options.guidance_scale, gpu)
 
 
+def open_rewards(options: argparse.Namespace, comparison: Comparison) -> ComparisonRewards | None:
+    """Load the reward model; None if none is named.
+
+    Raises:
+        InputError: If it cannot be loaded, or does not know the classes.
+    """
+    return ComparisonRewards(comparison, options.reward_model, gpu) if options.reward_model else None
+
+
 def open_ballot(options: argparse.Namespace, comparison: Comparison) -> Ballot | None:
     """Draw what is voted on and read back earlier votes; None if no place for votes is named."""
     if not options.votes:
@@ -249,14 +327,17 @@ def open_ballot(options: argparse.Namespace, comparison: Comparison) -> Ballot |
     return Ballot(Votes(pool, outbox, secret), access, folder)
 
 
-def open_all(options: argparse.Namespace) -> tuple[Comparison | None, Ballot | None, str]:
-    """Models and votes, or what is wrong with them."""
+def open_all(
+    options: argparse.Namespace,
+) -> tuple[Comparison | None, Ballot | None, str, ComparisonRewards | None]:
+    """What `build_page` takes: models, votes and rewards, or what is wrong with them."""
     try:
         comparison = open_comparison(options)
-        return comparison, open_ballot(options, comparison), ""
+        rewards = open_rewards(options, comparison)
+        return comparison, open_ballot(options, comparison), "", rewards
     except InputError as error:
         print(error, file=sys.stderr)
-        return None, None, str(error)
+        return None, None, str(error), None
 
 
 def launch(page: gr.Blocks, host: str, port: int, block: bool = True) -> None:
@@ -283,12 +364,12 @@ def launch(page: gr.Blocks, host: str, port: int, block: bool = True) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build and serve; models that are missing are named on the page too, so that a Space shows what it lacks."""
     options = read_options(arguments)
-    comparison, ballot, problem = open_all(options)
+    comparison, ballot, problem, rewards = open_all(options)
     if ballot is not None:
         install_sigterm(ballot.votes.outbox)
         print(f"Votes go to {options.votes}, their images to {ballot.folder} in it.", file=sys.stderr)
     try:
-        launch(build_page(comparison, ballot, problem), options.host, options.port)
+        launch(build_page(comparison, ballot, problem, rewards), options.host, options.port)
     finally:
         if ballot is not None:
             ballot.votes.outbox.close()
