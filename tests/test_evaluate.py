@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import pathalign.evaluate as stage
@@ -199,6 +202,18 @@ def test_a_classifier_is_useful_if_its_classes_lie_where_the_real_ones_do():
     features = rng.normal(size=(100, 3)) + 6 * classes[:, None]
     assert utility.correct_on_real(features, classes, features, classes).mean() == 1
     assert utility.correct_on_real(features, 1 - classes, features, classes).mean() == 0
+
+
+def test_a_classifier_trained_in_blocks_and_parts_is_the_one_of_a_plain_pipeline(monkeypatch):
+    monkeypatch.setattr(utility, "SCALED_ROWS", 7)
+    rng = np.random.default_rng(14)
+    classes = np.arange(120) % 3
+    features = rng.normal(3, 2, (120, 4)) + classes[:, None]
+    test, truth = rng.normal(3, 2, (90, 4)) + np.arange(90)[:, None] % 3, np.arange(90) % 3
+    plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(features, classes)
+    for given in (features, [features[:50], features[50:]]):
+        found = utility.correct_on_real(given, classes, test, truth)
+        assert found.tolist() == (plain.predict(test) == truth).tolist() and 0 < found.mean() < 1
 
 
 def test_training_sets_of_the_usefulness_test_have_equal_size():
