@@ -233,6 +233,14 @@ def test_the_paired_interval_covers_the_true_gain_about_as_often_as_it_says():
     assert 0.89 <= covered / 200 <= 0.99
 
 
+def test_a_bootstrap_in_parts_draws_what_it_draws_at_once(monkeypatch):
+    values = [np.random.default_rng(1).uniform(size=50), np.arange(50) % 2 == 0]
+    whole = alignment.resampled_means(values, 30, np.random.default_rng(0))
+    monkeypatch.setattr(alignment, "WEIGHTS_AT_ONCE", 350)
+    np.testing.assert_allclose(alignment.resampled_means(values, 30, np.random.default_rng(0)), whole)
+    assert whole.shape == (2, 30)
+
+
 def test_pairing_makes_the_interval_narrower_than_independent_sets_would():
     luck = np.random.default_rng(15).uniform(size=400)
     before, after = luck < 0.5, luck < 0.6
