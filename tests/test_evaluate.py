@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import pathalign.evaluate as stage
@@ -203,6 +206,18 @@ def test_a_classifier_is_useful_if_its_classes_lie_where_the_real_ones_do():
     assert utility.correct_on_real(features, 1 - classes, features, classes).mean() == 0
 
 
+def test_a_classifier_trained_in_blocks_and_parts_is_the_one_of_a_plain_pipeline(monkeypatch):
+    monkeypatch.setattr(utility, "SCALED_ROWS", 7)
+    rng = np.random.default_rng(14)
+    classes = np.arange(120) % 3
+    features = rng.normal(3, 2, (120, 4)) + classes[:, None]
+    test, truth = rng.normal(3, 2, (90, 4)) + np.arange(90)[:, None] % 3, np.arange(90) % 3
+    plain = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(features, classes)
+    for given in (features, [features[:50], features[50:]]):
+        found = utility.correct_on_real(given, classes, test, truth)
+        assert found.tolist() == (plain.predict(test) == truth).tolist() and 0 < found.mean() < 1
+
+
 def test_training_sets_of_the_usefulness_test_have_equal_size():
     rows = utility.match_training_rows({"before": images(30, 0), "after": images(20, 1)}, images(40, 2), seed=0)
     assert {name: len(found) for name, found in rows.items()} == {"before": 20, "after": 20, "real": 20}
@@ -218,6 +233,14 @@ def test_the_paired_interval_covers_the_true_gain_about_as_often_as_it_says():
         truth = 0.1  # up to edge effects of about 0.001
         covered += low <= truth <= high
     assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_a_bootstrap_in_parts_draws_what_it_draws_at_once(monkeypatch):
+    values = [np.random.default_rng(1).uniform(size=50), np.arange(50) % 2 == 0]
+    whole = alignment.resampled_means(values, 30, np.random.default_rng(0))
+    monkeypatch.setattr(alignment, "WEIGHTS_AT_ONCE", 350)
+    np.testing.assert_allclose(alignment.resampled_means(values, 30, np.random.default_rng(0)), whole)
+    assert whole.shape == (2, 30)
 
 
 def test_pairing_makes_the_interval_narrower_than_independent_sets_would():

@@ -17,6 +17,7 @@ from pathalign.images import ImageSet
 
 BATCH_SIZE = 128
 NOTABLE_FALL = 0.05
+WEIGHTS_AT_ONCE = 2**23  # of a bootstrap, 8 bytes each
 
 Interval = list[float]
 
@@ -101,9 +102,14 @@ def resampled_means(columns: Sequence[np.ndarray], samples: int, rng: np.random.
 
     Each resample takes the same rows from every column: images of one seed stay a pair.
     """
-    count = len(columns[0])
-    weights = rng.multinomial(count, np.full(count, 1 / count), size=samples) / count
-    return np.stack(columns).astype(np.float64) @ weights.T
+    count, values = len(columns[0]), np.stack(columns).astype(np.float64)
+    means = np.empty((len(columns), samples))
+    step = max(1, WEIGHTS_AT_ONCE // count)
+    for first in range(0, samples, step):
+        size = min(step, samples - first)
+        weights = rng.multinomial(count, np.full(count, 1 / count), size=size) / count
+        means[:, first : first + size] = values @ weights.T
+    return means
 
 
 def percentile_interval(draws: np.ndarray, confidence: float) -> Interval:

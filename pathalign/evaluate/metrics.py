@@ -224,7 +224,7 @@ Returns:
             "utility": utility.correct_on_real(generated.features, made, test.features, truth),
             "real": utility.correct_on_real(train.features, known, test.features, truth),
             "augment": utility.correct_on_real(
-                np.concatenate([train.features, generated.features]),
+                [train.features, generated.features],
                 np.concatenate([known, made]),
                 test.features,
                 truth,

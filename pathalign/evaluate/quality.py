@@ -172,7 +172,7 @@ def _measure_usefulness(config: EvaluateConfig, subjects: Subjects, compared: _C
             features, classes, augmented, count = train[0][rows], train[1][rows], real_alone, len(train[1])
         else:
             features, classes = compared.features[name][rows], images.class_ids.numpy()[rows]
-            both = np.concatenate([train[0], features]), np.concatenate([train[1], classes])
+            both = [train[0], features], np.concatenate([train[1], classes])
             augmented, count = utility.correct_on_real(*both, *test), len(both[1])
         correct = utility.correct_on_real(features, classes, *test)
         gain, interval = alignment.paired_gain(
