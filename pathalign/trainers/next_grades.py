@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from scipy.special import xlogy
-from sklearn.metrics import pairwise_distances
 
 from pathalign.artefacts import artefact
 from pathalign.feedback import aggregate, label, split
@@ -23,6 +22,7 @@ from pathalign.grading.acquisition import (
     Graded,
     Pool,
     choose,
+    distances_to,
     entropy_bits,
     information_bits,
 )
@@ -313,7 +313,7 @@ def _scores(strategy: str, seen: Opinions, graded: Graded) -> np.ndarray:
     if strategy == DIVERSE:
         if not len(graded.features):
             return np.zeros(len(seen.features))
-        return np.asarray(pairwise_distances(seen.features, graded.features).min(axis=1))
+        return distances_to(seen.features, graded.features)
     return information_bits(seen.probabilities)
 
 
