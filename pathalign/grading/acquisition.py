@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import entr
-from sklearn.metrics import pairwise_distances
+from sklearn.metrics import pairwise_distances, pairwise_distances_argmin_min
 
 RANDOM, UNCERTAINTY, DISAGREEMENT, DIVERSE, MIXED = "random", "uncertainty", "disagreement", "diverse", "mixed"
 STRATEGIES = (RANDOM, UNCERTAINTY, DISAGREEMENT, DIVERSE, MIXED)
@@ -96,7 +96,7 @@ def farthest_first(features: np.ndarray, count: int, covered: np.ndarray | None 
     if not len(features) or count < 1:
         return []
     if covered is not None and len(covered):
-        distances = pairwise_distances(features, covered).min(axis=1)
+        distances = distances_to(features, covered)
         chosen: list[int] = []
     else:
         first = int(pairwise_distances(features, features.mean(axis=0, keepdims=True)).argmin())
@@ -108,6 +108,11 @@ def farthest_first(features: np.ndarray, count: int, covered: np.ndarray | None 
         distances = np.minimum(distances, pairwise_distances(features, features[[row]])[:, 0])
         distances[chosen] = -1.0
     return chosen
+
+
+def distances_to(features: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """Euclidean distance of each row of `(n, d)` to the nearest of `(m, d)`, shape `(n,)`; in blocks, m at least 1."""
+    return np.asarray(pairwise_distances_argmin_min(features, covered)[1])
 
 
 def effective_grades(class_ids: np.ndarray, plausible: np.ndarray, classes: int) -> np.ndarray:

@@ -54,7 +54,7 @@ class Plan:
     """Everything one grader may be shown, each list in this grader's own order."""
 
     random: tuple[str, ...]
-    uncertainty: tuple[str, ...]
+    uncertainty: tuple[str, ...]  # in the order of a model, or of a proposal
     controls: tuple[str, ...]
     pairs: tuple[str, ...]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from scipy.special import xlogy
-from sklearn.metrics import pairwise_distances
+from sklearn.metrics import roc_auc_score
 
 from pathalign.artefacts import artefact
 from pathalign.feedback import aggregate, label, split
@@ -23,10 +23,11 @@ from pathalign.grading.acquisition import (
     Graded,
     Pool,
     choose,
+    distances_to,
     entropy_bits,
     information_bits,
 )
-from pathalign.grading.catalogue import Catalogue
+from pathalign.grading.catalogue import SYNTHETIC, Catalogue
 from pathalign.grading.exports import read_recorded
 from pathalign.grading.learning_curve import ExpectedGain, expected_gain
 from pathalign.grading.order import random_sample
@@ -145,7 +146,7 @@ def progressed(study: Study, source: str | None) -> Progressed:
         InputError: If either cannot be read.
     """
     images = Catalogue.load(study).images
-    synthetic = [row for row, kind in enumerate(images.columns["kind"]) if kind == "synthetic"]
+    synthetic = [row for row, kind in enumerate(images.columns["kind"]) if kind == SYNTHETIC]
     candidates = images.select(synthetic)
     place = source or study.sink
     nothing_yet = source is None and "://" not in place and not Path(place).exists()
@@ -239,8 +240,6 @@ def shuffled(verdicts: np.ndarray, first: int, seed: int, refit: int) -> np.ndar
 
 def held_out_losses(model: RewardModel, test: ImageSet) -> tuple[np.ndarray, float]:
     """Log loss of each image against its soft label, nats, shape `(n,)`, and ROC AUC; NaN where it is not defined."""
-    from sklearn.metrics import roc_auc_score
-
     found = opinions([model], test).probabilities[0].clip(1e-7, 1 - 1e-7)
     labels = np.array(test.columns["plausible"], dtype=float)
     verdicts = labels > 0.5
@@ -313,7 +312,7 @@ def _scores(strategy: str, seen: Opinions, graded: Graded) -> np.ndarray:
     if strategy == DIVERSE:
         if not len(graded.features):
             return np.zeros(len(seen.features))
-        return np.asarray(pairwise_distances(seen.features, graded.features).min(axis=1))
+        return distances_to(seen.features, graded.features)
     return information_bits(seen.probabilities)
 
 

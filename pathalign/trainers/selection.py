@@ -141,6 +141,7 @@ def acquire(config: SelectConfig, pool: GradedPool, counts: tuple[int, int], scr
              enumerate((pool.train, pool.validation))]  # fmt: skip
     found = Acquisition([], drawn[1][: counts[1]], [], [], [])
     starts = [0, len(pool.train)] if config.strategy == RANDOM else [0, *round_starts(config, pool, drawn)]
+    rounds = sum(begin < counts[0] for begin in starts[1:])
     for number, (begin, end) in enumerate(pairwise(starts)):
         if begin >= counts[0]:
             break
@@ -149,7 +150,7 @@ def acquire(config: SelectConfig, pool: GradedPool, counts: tuple[int, int], scr
             bits: list[float | None] = [None] * len(batch)
         else:
             validation = drawn[1][: max(1, math.ceil(begin / len(pool.train) * len(pool.validation)))]
-            say(f"select: {config.strategy}, round {number} of {len(starts) - 2}: a scout learns from {begin} images")
+            say(f"select: {config.strategy}, round {number} of {rounds}: a scout learns from {begin} images")
             batch, bits = _next_batch(config, pool, found, validation, end - begin, scratch)
         found.train.extend(batch)
         found.rounds.extend([number] * len(batch))

@@ -2,10 +2,12 @@
 
     python tests/benchmarks/acquisition.py runs/real_cells/seed-0 runs/real_cells/seed-1
 
-Reads `feedback` and `data` of each run directory and writes below `--work`; what is finished is not done again. For
-each strategy acquisition is replayed once, up to the largest budget below 1, and smaller budgets are its beginning.
+Reads `feedback` and `data` of each run directory and writes below `--work`; what is finished is not done again, so that
+other settings need another `--work`. A run's seed is its place among the arguments, from 0.
+
+For each strategy acquisition is replayed once, up to the largest budget below 1, and smaller budgets are its beginning.
 Every reward model has one network, the same number of steps and the validation images of its budget, and is measured
-on the test split of the feedback, which no strategy sees. About ten CPU minutes a run directory. Prints one line for
+on the test split of the feedback, which no strategy sees. About six CPU minutes a run directory. Prints one line for
 each reward model and, last, one JSON object with the values of each seed and their means.
 """
 
