@@ -92,6 +92,7 @@ def evaluation(place: Place) -> dict[str, Figure]:
             for name in ("plausible_gain", "gain_over_control", "gap_closed")
             if metrics[name] is not None
         }
+        found |= {f"gain of {name}": Figure(entry["gain"], entry["ci"]) for name, entry in metrics["gains"].items()}
     return found
 
 
