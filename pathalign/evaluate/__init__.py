@@ -86,10 +86,7 @@ def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
         scratch = Path(config.feature_cache) if config.feature_cache else folder / "checkpoints"
         quality = measure_images(config, subjects, panel.encoder, scratch, panel.device)
         metrics = assemble(config, subjects, panel, answers, quality, training)
-        graded = _rewards(panel, subjects.feedback) if panel.reward_model and subjects.feedback else None
-        if panel.reward_model and subjects.feedback and graded is not None:
-            names = tuple(panel.reward_model.config.criteria)
-            metrics["criterion_skill"] = explained.criterion_skill(names, graded[:, 1:], subjects.feedback)
+        bins, metrics["criterion_skill"] = held_out(panel, subjects.feedback)
         record = RunRecord(
             stage="evaluate",
             config=asdict(config),
@@ -104,7 +101,7 @@ def evaluate(config: EvaluateConfig, output_dir: str | Path) -> RunRecord:
             rewards={name: answer.rewards for name, answer in answers.items() if answer.rewards is not None},
             train=subjects.train,
             closest=quality.closest,
-            calibration=calibration(graded, subjects.feedback),
+            calibration=bins,
             phantom=subjects.phantom,
             close_look=close_look(panel, subjects, answers),
         )
@@ -149,11 +146,15 @@ def _rewards(panel: Panel, images: ImageSet) -> np.ndarray:
     return alignment.rewards_of(parts, model.config.class_names, images, panel.device)
 
 
-def calibration(graded: np.ndarray | None, feedback: ImageSet | None) -> list[dict[str, float]]:
-    """Calibration bins of the rewards of held-out feedback, column 0 of `graded`; empty if there is none."""
-    if feedback is None or graded is None:
-        return []
-    return alignment.reliability(graded[:, 0], np.asarray(feedback.columns["plausible"], dtype=float))
+def held_out(panel: Panel, feedback: ImageSet | None) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """Calibration bins of the rewards and skill of the criteria's, on held-out feedback; empty if there is none."""
+    if feedback is None or panel.reward_model is None:
+        return [], {}
+    rewards = _rewards(panel, feedback)
+    plausible = np.asarray(feedback.columns["plausible"], dtype=float)
+    criteria = tuple(panel.reward_model.config.criteria)
+    skill = explained.criterion_skill(criteria, rewards[:, 1:], feedback)
+    return alignment.reliability(rewards[:, 0], plausible), skill
 
 
 def close_look(panel: Panel, subjects: Subjects, answers: dict[str, Answers]) -> explained.CloseLook:
