@@ -355,6 +355,25 @@ def test_new_classes_learn_what_was_marked_and_the_base_model_stays(settings, br
     assert [entry["marks"] for entry in record.metrics["concepts"]] == [8, 4]
 
 
+def test_new_embeddings_have_a_learning_rate_of_their_own(settings, brightness, tmp_path):
+    config = ConceptsConfig(**settings | {"embedding_rate": 8.0, "learning_rate": 1e-3})
+    real, pipeline = ImageSet.load(settings["data"]), load_pipeline(settings["base_model"])
+    marks = collect_marks(config, real, pipeline.class_names)
+    trainer = ConceptsTrainer(pipeline, brightness, real, config, tmp_path, marks)
+    before = {name: values.detach().clone() for name, values in lora.parameters(pipeline.unet).items()}
+    trainer.step(0)
+    moved = {
+        name: float((values.detach() - before[name]).abs().max())
+        for name, values in lora.parameters(pipeline.unet).items()
+    }
+    for name, distance in moved.items():  # Adam's first step is the learning rate, whatever the gradient
+        if "lora_B" in name:
+            assert distance == pytest.approx(1e-3, rel=0.02)
+        if "lora_concepts" in name:
+            assert distance == pytest.approx(8e-3, rel=0.02)
+    assert sum("lora_concepts" in name for name in moved) == 1
+
+
 def contents(folder: Path) -> tuple[bytes, list[dict], Any]:
     rows = steady_rows(folder, without=SPENT)
     return (folder / lora.WEIGHTS_NAME).read_bytes(), rows, RunRecord.load(folder).metrics

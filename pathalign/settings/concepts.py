@@ -64,6 +64,17 @@ class ConceptsConfig(AdapterConfig):
     noise_scale: float = option(
         0.05, "New embeddings start at the parent's plus noise of this size, in units of its own spread.", minimum=0.0
     )
+    embedding_rate: float = option(
+        10.0,
+        "Learning rate of new embeddings, in units of the adapter's: they have to get as far apart as classes are.",
+        minimum=0.0,
+    )
+    noise_share: float = option(
+        0.7,
+        "Images of new classes are noised up to this share of the schedule: beyond it no shape is left.",
+        minimum=0.01,
+        maximum=1.0,
+    )
     contrast: float = option(
         0.0, "Weight of telling an image's own subtype from its sisters by their denoising losses.", minimum=0.0
     )

@@ -129,6 +129,13 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
         concepts = {concept.name: concept.parent for concept in self.marks.concepts}
         lora.add_concepts(self.pipeline, concepts, self.config.noise_scale, seeded(self.config.seed, EMBEDDINGS))
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The adapter, and the new embeddings at a learning rate of their own."""
+        embeddings = list(self.pipeline.unet.class_embedding.lora_concepts.parameters())
+        known = {id(embedding) for embedding in embeddings}
+        others = [parameter for parameter in self.parameters if id(parameter) not in known]
+        return [{"params": others}, {"params": embeddings, "multiple": self.config.embedding_rate}]
+
     @property
     def total(self) -> int:
         """Optimizer steps."""
@@ -236,7 +243,8 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
         chance = torch.rand(count, generator=generator)
         rows = [(pool.concept_ids == concept).nonzero()[:, 0] for concept in wanted.tolist()]
         index = torch.stack([own[int(share * len(own))] for own, share in zip(rows, chance.tolist(), strict=True)])
-        clean, ids, noise, timesteps = self.noised(to_pixel_values(pool.images[index]), wanted, generator)
+        pixel_values = to_pixel_values(pool.images[index])
+        clean, ids, noise, timesteps = self.noised(pixel_values, wanted, generator, config.noise_share)
         sisters, own = marks.families(ids.cpu())
         if config.contrast == 0:
             sisters, own = ids[:, None], torch.zeros_like(ids)
