@@ -412,6 +412,12 @@ def test_the_log_the_record_and_the_card_say_what_was_learned(settings, straight
     assert "| dark a | a | 8 | 8 |" in card and 'pipe(["dark a"] * 4' in card
 
 
+def test_marks_alone_are_enough(settings, brightness, tmp_path):
+    alone = {"images_per_class": 0, "unmarked_real": False, "steps": 1}
+    record = align(ConceptsConfig(**settings | alone), tmp_path / "adapter")
+    assert record.metrics["pool"] == {"marked": 12, "recognised_real": 0, "recognised_drawn": 0}
+
+
 def test_without_marks_or_with_words_for_classes_nothing_starts(settings, brightness, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="take marks of the real images with `subtypes`"):
         align(ConceptsConfig(**settings | {"subtypes": []}), tmp_path / "adapter")
