@@ -310,7 +310,7 @@ def test_the_classifier_spreads_the_marks_and_says_how_well_it_knows_them():
     assert not shares[~cells].any()
     for share, shade in zip(shares[cells], [real.columns["shade"][row] for row in cells.nonzero()[:, 0]], strict=True):
         assert shade == "odd" or (share[1] > 0.5) == (shade == "white")
-    assert classifier.cross_validated(0) == {"n": 24, "accuracy": 1.0, "balanced_accuracy": 1.0}
+    assert classifier.cross_validated(0) == {"n": 24, "accuracy": 1.0, "balanced_accuracy": 1.0, "guessing": 0.5}
     shuffled = replace(marks, concept_ids=marks.concept_ids[torch.randperm(24, generator=seeded(3))])
     assert MarkClassifier(Colours(), shuffled).cross_validated(0)["balanced_accuracy"] < 0.8
 
@@ -414,6 +414,17 @@ def test_the_log_the_record_and_the_card_say_what_was_learned(settings, straight
     assert record.metrics["pool"]["marked"] == 12
     card = (straight / "README.md").read_text()
     assert "| dark a | a | 8 | 8 |" in card and 'pipe(["dark a"] * 4' in card
+
+
+def test_marks_that_teach_nothing_are_said_to(settings, brightness, tmp_path, capsys):
+    few = {"steps": 1, "unmarked_real": False}
+    align(ConceptsConfig(**settings | few), tmp_path / "adapter")
+    assert "100% are told right" in (clear := capsys.readouterr().err) and "next to nothing" not in clear
+    real = ImageSet.load(settings["data"])
+    columns = {"shade": [("black", "white")[int(value) // 12 % 2] for value in real.columns["area"]]}
+    replace(real, columns=columns).save(tmp_path / "data")
+    align(ConceptsConfig(**settings | few | {"data": str(tmp_path / "data")}), tmp_path / "other")
+    assert "mark more images, or use larger ones" in capsys.readouterr().err
 
 
 def test_marks_alone_are_enough(settings, brightness, tmp_path):

@@ -43,6 +43,7 @@ from pathalign.trainers.marks import MarkClassifier, Marks, collect_marks, sures
 from pathalign.trainers.pretrain import denoising_loss
 from pathalign.trainers.rewards import Reward
 
+LEAST_GAIN = 0.1  # over guessing, on held-out marks
 EMBEDDINGS = 6  # stream of random numbers: where new embeddings start
 
 
@@ -113,6 +114,7 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
         self.denoise = Denoiser(self.unet, self.conditioning, config.guidance_scale, autocast=self.accelerator.autocast)
         self.first_id = len(pipeline.base_class_names)
         self.pool: Pool | None = None
+        self.told: dict[str, Any] = {}
 
     def attach(self) -> None:
         """The adapter, and the new classes as part of it."""
@@ -166,6 +168,13 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
             InputError: If a reward is no number.
         """
         marks, config = self.marks, self.config
+        self.told = self.classifier.cross_validated(config.seed)
+        say(
+            f"Of held-out marks {self.told['balanced_accuracy']:.0%} are told right, a mean over the new classes; "
+            f"guessing would give {self.told['guessing']:.0%}."
+        )
+        if self.told["balanced_accuracy"] < self.told["guessing"] + LEAST_GAIN:
+            say("So few marks of such images teach next to nothing: mark more images, or use larger ones.")
         unmarked = torch.tensor(
             [
                 config.unmarked_real and name in marks.parents and image_id not in marks.image_ids
@@ -289,7 +298,7 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
             say(f"The classes lost {-float(change.mean()):.3f} of their mean reward; raise `beta`, or lower `steps`.")
         return {
             "concepts": entries,
-            "marks_cross_validated": self.classifier.cross_validated(config.seed),
+            "marks_cross_validated": self.told,
             "pool": self.pool.counts,
             "mean_reward_before": float(before.mean()),
             "mean_reward_after": float(rewards[: len(base)].mean()),

@@ -228,7 +228,7 @@ class MarkClassifier:
         return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
 
     def cross_validated(self, seed: int) -> dict[str, Any]:
-        """How well marks of held-out folds are told: count, accuracy, and mean of the concepts' accuracies."""
+        """How well held-out marks are told: count, accuracy, mean of the concepts' accuracies, and that of guessing."""
         from sklearn.model_selection import StratifiedKFold
 
         ids = self.marks.concept_ids.numpy()
@@ -241,7 +241,12 @@ class MarkClassifier:
                 guess = model[-1].classes_[predict(model, self.features[own[test]]).argmax(1)]
                 right[own[test]] = guess == ids[own[test]]
         shares = [float(right[ids == index].mean()) for index in range(len(self.marks.concepts))]
-        return {"n": len(ids), "accuracy": float(right.mean()), "balanced_accuracy": float(np.mean(shares))}
+        return {
+            "n": len(ids),
+            "accuracy": float(right.mean()),
+            "balanced_accuracy": float(np.mean(shares)),
+            "guessing": len(self.marks.parents) / len(self.marks.concepts),
+        }
 
 
 def surest(probabilities: Tensor, share: float) -> tuple[Tensor, Tensor]:
