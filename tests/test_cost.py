@@ -68,7 +68,7 @@ def test_a_run_asks_the_unet_as_often_as_is_said(base, tiny_images, tmp_path, mo
     assert usage.forwards == work.forward + work.backward  # a training pass goes forward too
 
 
-@pytest.mark.parametrize("options", [{"contrast": 0.1, "guidance_scale": 2.0}, {"beta": 0.0, "subtypes": SPLIT[:2]}])
+@pytest.mark.parametrize("options", [{"recognition": 0.1, "guidance_scale": 2.0}, {"beta": 0.0, "subtypes": SPLIT[:2]}])
 def test_splitting_classes_asks_the_unet_as_often_as_is_said(base, tiny_images, tmp_path, monkeypatch, options):
     monkeypatch.setattr(concepts, "load_encoder", lambda *_, **__: ColourMeans())
     shades = [("dark", "light")[index // 3 % 2] for index in range(len(tiny_images))]

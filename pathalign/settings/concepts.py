@@ -48,9 +48,7 @@ class ConceptsConfig(AdapterConfig):
     )
     inference_steps: int = option(10, "Denoising steps of these images and of the checks.", minimum=1)
     guidance_scale: float = option(1.0, "Classifier-free guidance of these images; 1 is none.", minimum=0.0)
-    scheduler: Literal["dpmsolver++", "ddim", "ddpm", "euler", "unipc"] = option(
-        "dpmsolver++", "Sampler of these images."
-    )
+    scheduler: Literal["dpmsolver++", "ddim"] = option("dpmsolver++", "Sampler of these images.")
     top_share: float = option(
         0.5, "Share of these images that is kept, those of the highest rewards.", minimum=0.01, maximum=1.0
     )
@@ -64,9 +62,25 @@ class ConceptsConfig(AdapterConfig):
     noise_scale: float = option(
         0.05, "New embeddings start at the parent's plus noise of this size, in units of its own spread.", minimum=0.0
     )
-    contrast: float = option(
-        0.0, "Weight of telling an image's own subtype from its sisters by their denoising losses.", minimum=0.0
+    embedding_rate: float = option(
+        3.0,
+        "Learning rate of new embeddings, in units of the adapter's: they have to get as far apart as classes are.",
+        minimum=0.0,
     )
+    noise_share: float = option(
+        0.7,
+        "Images of new classes are noised up to this share of the schedule: beyond it no shape is left.",
+        minimum=0.01,
+        maximum=1.0,
+    )
+    recognition: float = option(
+        0.0,
+        "Weight of being recognised: the gradient of the marks' classifier on images that are being drawn, as in "
+        "DRaFT. What fools the classifier is learned too, so that another judge must look at the result.",
+        minimum=0.0,
+    )
+    recognition_batch_size: int = option(8, "Images that are drawn for it in each step, per device.", minimum=1)
+    train_steps: int = option(2, "Last denoising steps that this gradient goes back through.", minimum=1)
     steps: int = option(300, "Optimizer steps; the learning rate falls as a cosine.", minimum=1)
     batch_size: int = option(24, "Images of new classes in a batch, per device.", minimum=1)
     beta: float = option(1.0, "Weight of the denoising loss on real images, by which the parents stay.", minimum=0.0)
@@ -80,6 +94,10 @@ class ConceptsConfig(AdapterConfig):
     def problems(self) -> list[str]:
         """Marks must come from somewhere, and rules and names be readable."""
         found = super().problems() + rule_problems(self.subtypes)
+        if self.train_steps > self.inference_steps:
+            found.append(
+                f"`train_steps` is {self.train_steps}, but `inference_steps` are {self.inference_steps}; use no more."
+            )
         for text in self.names:
             try:
                 concept_name(text)

@@ -98,7 +98,7 @@ class AdapterTrainer(ABC, Generic[Config]):
         self.attach()
         self.parameters = list(lora.parameters(pipeline.unet).values())
         self.optimizer = self.accelerator.prepare(
-            torch.optim.AdamW(self.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+            torch.optim.AdamW(self.parameter_groups(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
         )
         self.unet = pipeline.unet
         self.usage = Usage(self.unet, config, self.device)
@@ -113,6 +113,10 @@ class AdapterTrainer(ABC, Generic[Config]):
         """Add the adapter whose weights are trained; at first it changes nothing."""
         config, generator = self.config, seeded(self.config.seed, ADAPTER)
         lora.attach(self.pipeline.unet, config.lora_rank, config.lora_alpha, config.lora_convolutions, generator)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer trains, with a `multiple` of the learning rate where it is another."""
+        return [{"params": self.parameters}]
 
     def sources(self) -> dict[str, str]:
         """Models that the run rests on, by name: folders, Hub ids or functions."""
@@ -178,9 +182,9 @@ class AdapterTrainer(ABC, Generic[Config]):
             parameter.grad = part.view_as(parameter).clone()
 
     def set_rate(self, rate: float) -> None:
-        """Learning rate of the next updates."""
+        """Learning rate of the next updates; a group may have a multiple of it."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("multiple", 1.0)
 
     def use(self, weights: list[Tensor]) -> None:
         """Go on from these weights: they draw, and they are the average so far."""

@@ -1,13 +1,13 @@
 """New clinical concepts: split classes by the experts' subtype marks.
 
-    loss = E_concepts[ L_denoise(x, concept) ] + beta * E_real[ L_denoise(x, class) ] + contrast * E_concepts[ L_tell ]
-    L_tell = -log softmax( -D (L_denoise(x, c) - L_denoise(x, sisters)) ),  D the number of values in an image
+    loss = E_marked[ L_denoise(x, concept) ] + beta * E_real[ L_denoise(x, class) ]
+           - recognition * E_drawn[ log P(concept | x, class) ]
 
 Source: "Aligning Synthetic Medical Images with Clinical Knowledge using Human Feedback" (arXiv:2306.12438): feedback
 brings in concepts that the base model was not told of. Each has an embedding of its own, which starts at its parent's
 and is trained with the adapter, on marked images and on those that a classifier of the marks recognises: images of the
-base model that the reward model finds plausible, and real training images. `L_tell` makes the model the classifier that
-a diffusion model is (arXiv:2303.16203, eq. 5), with one timestep and one noise for all sisters.
+base model that the reward model finds plausible, and real training images. The last term follows the classifier's
+gradient through the last steps of drawing a concept, as DRaFT does with a reward (arXiv:2309.17400).
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from pathalign.artefacts import artefact, fingerprint
+from pathalign.augment import random_orientations, random_shifts
 from pathalign.diffusion import lora
+from pathalign.diffusion.denoiser import Denoiser
+from pathalign.diffusion.differentiable import unrolled
 from pathalign.diffusion.pipeline import ClassConditionalPipeline
-from pathalign.generate import Sampling, draw, judged_names, score, set_scheduler
+from pathalign.generate import SCHEDULERS, Sampling, draw, judged_names, score, set_scheduler
 from pathalign.images import ImageSet, to_pixel_values
 from pathalign.pinning import pinned
 from pathalign.progress import say
@@ -41,6 +43,7 @@ from pathalign.trainers.marks import MarkClassifier, Marks, collect_marks, sures
 from pathalign.trainers.pretrain import denoising_loss
 from pathalign.trainers.rewards import Reward
 
+LEAST_GAIN = 0.1  # over guessing, on held-out marks
 EMBEDDINGS = 6  # stream of random numbers: where new embeddings start
 
 
@@ -57,20 +60,6 @@ class Pool:
     images: Tensor
     concept_ids: Tensor
     counts: dict[str, int]
-
-
-def tell_losses(losses: Tensor, own: Tensor, values: int) -> Tensor:
-    """How badly an image's own concept is told from its sisters by denoising losses.
-
-    Args:
-        losses: Mean squared errors under each sister, shape `(n, sisters)`.
-        own: Place of each image's own concept, shape `(n,)`.
-        values: Values in an image: the likelihood is of sums, not means.
-
-    Returns:
-        Shape `(n,)`: the logarithm of the number of sisters where nothing is told. Source: arXiv:2303.16203, eq. 5.
-    """
-    return F.cross_entropy(-values * losses, own, reduction="none")
 
 
 def align(config: ConceptsConfig, output_dir: str | Path) -> RunRecord:
@@ -102,7 +91,7 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
     """
 
     pipeline: ClassConditionalPipeline
-    shown: ClassVar[tuple[str, ...]] = ("loss", "concept_loss")
+    shown: ClassVar[tuple[str, ...]] = ("concept_loss", "recognition_loss")
 
     def __init__(
         self,
@@ -120,14 +109,25 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
         self.run.config["marks"] = self.inputs["marks"]  # a checkpoint of other marks is not gone on with
         encoder = parse(config.encoder)
         self.classifier = MarkClassifier(load_encoder(encoder.name, revision=encoder.revision).to(self.device), marks)
+        self.classifier.encoder.requires_grad_(False)
+        self.sampler = SCHEDULERS[config.scheduler].from_config(pipeline.scheduler.config)
+        self.denoise = Denoiser(self.unet, self.conditioning, config.guidance_scale, autocast=self.accelerator.autocast)
         self.first_id = len(pipeline.base_class_names)
         self.pool: Pool | None = None
+        self.told: dict[str, Any] = {}
 
     def attach(self) -> None:
         """The adapter, and the new classes as part of it."""
         super().attach()
         concepts = {concept.name: concept.parent for concept in self.marks.concepts}
         lora.add_concepts(self.pipeline, concepts, self.config.noise_scale, seeded(self.config.seed, EMBEDDINGS))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The adapter, and the new embeddings at a learning rate of their own."""
+        embeddings = list(self.pipeline.unet.class_embedding.lora_concepts.parameters())
+        known = {id(embedding) for embedding in embeddings}
+        others = [parameter for parameter in self.parameters if id(parameter) not in known]
+        return [{"params": others}, {"params": embeddings, "multiple": self.config.embedding_rate}]
 
     @property
     def total(self) -> int:
@@ -144,16 +144,17 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
         self.set_rate(rate)
         generator = seeded(config.seed, TRAINING, number)
         with self.accelerator.autocast():
-            denoised, told = self.concept_losses(self.pool, generator)
+            denoised = self.concept_loss(self.pool, generator)
             real = self.real_loss(generator) if config.beta > 0 else torch.zeros((), device=self.device)
-            loss = denoised + config.contrast * told + config.beta * real
+        unlike = self.recognition_loss(generator) if config.recognition > 0 else torch.zeros((), device=self.device)
+        loss = denoised + config.beta * real + config.recognition * unlike
         require_finite(loss, number, rate)
         self.accelerator.backward(loss)
         norm = self.update()
         return {
             "loss": loss.item(),
             "concept_loss": denoised.item(),
-            "tell_loss": told.item(),
+            "recognition_loss": unlike.item(),
             "real_loss": real.item(),
             "gradient_norm": norm,
             "learning_rate": rate,
@@ -167,6 +168,13 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
             InputError: If a reward is no number.
         """
         marks, config = self.marks, self.config
+        self.told = self.classifier.cross_validated(config.seed)
+        say(
+            f"Of held-out marks {self.told['balanced_accuracy']:.0%} are told right, a mean over the new classes; "
+            f"guessing would give {self.told['guessing']:.0%}."
+        )
+        if self.told["balanced_accuracy"] < self.told["guessing"] + LEAST_GAIN:
+            say("So few marks of such images teach next to nothing: mark more images, or use larger ones.")
         unmarked = torch.tensor(
             [
                 config.unmarked_real and name in marks.parents and image_id not in marks.image_ids
@@ -227,31 +235,35 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
             raise InputError(f"{config.reward_model} gives rewards that are no numbers; train it again.")
         return images, rewards
 
-    def concept_losses(self, pool: Pool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Denoising loss on images of the new classes, each as often as the next, and how badly they are told apart."""
-        config, marks = self.config, self.marks
-        count = config.batch_size * self.accelerator.num_processes
-        first = torch.randint(0, len(marks.concepts), (), generator=generator)
-        wanted = (torch.arange(count) + first) % len(marks.concepts)
-        chance = torch.rand(count, generator=generator)
+    def turns(self, count: int, generator: torch.Generator) -> Tensor:
+        """Concepts in turn, beginning anywhere, for all processes' images, shape `(count * processes,)`."""
+        number = len(self.marks.concepts)
+        first = torch.randint(0, number, (), generator=generator)
+        return (torch.arange(count * self.accelerator.num_processes) + first) % number
+
+    def concept_loss(self, pool: Pool, generator: torch.Generator) -> Tensor:
+        """Denoising loss on images of the new classes, each as often as the next."""
+        wanted = self.turns(self.config.batch_size, generator)
+        chance = torch.rand(len(wanted), generator=generator)
         rows = [(pool.concept_ids == concept).nonzero()[:, 0] for concept in wanted.tolist()]
         index = torch.stack([own[int(share * len(own))] for own, share in zip(rows, chance.tolist(), strict=True)])
-        clean, ids, noise, timesteps = self.noised(to_pixel_values(pool.images[index]), wanted, generator)
-        sisters, own = marks.families(ids.cpu())
-        if config.contrast == 0:
-            sisters, own = ids[:, None], torch.zeros_like(ids)
-        losses = torch.stack(
-            [
-                denoising_loss(
-                    self.unet, self.training_schedule, clean, self.conditioning(self.first_id + asked), noise, timesteps
-                )
-                for asked in sisters.clamp(min=0).to(ids).unbind(1)
-            ],
-            dim=1,
+        pixel_values = to_pixel_values(pool.images[index])
+        clean, ids, noise, timesteps = self.noised(pixel_values, wanted, generator, self.config.noise_share)
+        conditions = self.conditioning(self.first_id + ids)
+        return denoising_loss(self.unet, self.training_schedule, clean, conditions, noise, timesteps).mean()
+
+    def recognition_loss(self, generator: torch.Generator) -> Tensor:
+        """How badly the classifier recognises fresh images of the new classes, with the graph of their last steps."""
+        config = self.config
+        wanted = self.turns(config.recognition_batch_size, generator)
+        noise = torch.randn((len(wanted), *self.conditioning.sample_shape), generator=generator)
+        ids = self.own(wanted)
+        drawn = unrolled(
+            self.denoise, self.sampler, self.own(noise), self.first_id + ids, config.inference_steps, config.train_steps
         )
-        denoised = losses.gather(1, own.to(ids)[:, None]).mean()
-        losses = losses.masked_fill((sisters < 0).to(losses.device), torch.inf)  # smaller families have no such sister
-        return denoised, tell_losses(losses, own.to(ids), clean[0].numel()).mean()
+        pixel_values = self.conditioning.decode(drawn.sample).float().clamp(-1, 1)
+        seen = random_shifts(random_orientations(pixel_values, generator), generator)
+        return -self.classifier.log_probabilities(seen, ids).mean()
 
     def metrics(self) -> dict[str, Any]:
         """How many fresh images of each new class are recognised, and whether the parents kept their rewards."""
@@ -286,7 +298,7 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
             say(f"The classes lost {-float(change.mean()):.3f} of their mean reward; raise `beta`, or lower `steps`.")
         return {
             "concepts": entries,
-            "marks_cross_validated": self.classifier.cross_validated(config.seed),
+            "marks_cross_validated": self.told,
             "pool": self.pool.counts,
             "mean_reward_before": float(before.mean()),
             "mean_reward_after": float(rewards[: len(base)].mean()),

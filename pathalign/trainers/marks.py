@@ -63,22 +63,6 @@ class Marks:
         """Indices of the concepts of one class."""
         return [index for index, concept in enumerate(self.concepts) if concept.parent == parent]
 
-    def families(self, concept_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """All sisters of each of some concepts, its own among them.
-
-        Args:
-            concept_ids: Shape `(n,)`.
-
-        Returns:
-            Ids, shape `(n, largest family)`, -1 where a family is smaller; and the own one's place, shape `(n,)`.
-        """
-        found = {parent: self.sisters(parent) for parent in self.parents}
-        width = max(map(len, found.values()))
-        rows = [found[concept.parent] for concept in self.concepts]
-        table = torch.tensor([row + [-1] * (width - len(row)) for row in rows])
-        places = torch.tensor([row.index(index) for index, row in enumerate(rows)])
-        return table[concept_ids], places[concept_ids]
-
     @property
     def parents(self) -> list[str]:
         """The classes that are split."""
@@ -191,6 +175,7 @@ class MarkClassifier:
         for parent in marks.parents:
             own = torch.isin(marks.concept_ids, torch.tensor(marks.sisters(parent)))
             self.models[parent] = fit(self.features[own.numpy()], marks.concept_ids[own].numpy())
+        self.weight, self.bias = self._linear()
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> np.ndarray:
@@ -219,8 +204,31 @@ class MarkClassifier:
                 result[rows[:, None], columns[None]] = found
         return result
 
+    def log_probabilities(self, pixel_values: Tensor, concept_ids: Tensor) -> Tensor:
+        """Logarithm of P(concept | image, its parent), shape `(n,)`; gradients reach the images.
+
+        Args:
+            pixel_values: Shape `(n, 3, height, width)`, in [-1, 1].
+            concept_ids: Shape `(n,)`, which concept each shall be.
+        """
+        logits = self.encoder(pixel_values).float() @ self.weight.T.to(pixel_values) + self.bias.to(pixel_values)
+        parents = [concept.parent for concept in self.marks.concepts]
+        sisters = torch.tensor([[one == other for other in parents] for one in parents], device=logits.device)
+        among = logits.masked_fill(~sisters[concept_ids], -torch.inf).log_softmax(dim=1)
+        return among.gather(1, concept_ids[:, None])[:, 0]
+
+    def _linear(self) -> tuple[Tensor, Tensor]:
+        """All models as one layer on plain features: weights `(concepts, features)` and biases."""
+        weight = np.zeros((len(self.marks.concepts), self.features.shape[-1]))
+        bias = np.zeros(len(weight))
+        for scaler, regression in self.models.values():
+            rows = regression.classes_[-len(regression.coef_) :]  # of two sisters the first one's log-odds are 0
+            weight[rows] = regression.coef_ / scaler.scale_
+            bias[rows] = regression.intercept_ - weight[rows] @ scaler.mean_
+        return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
+
     def cross_validated(self, seed: int) -> dict[str, Any]:
-        """How well marks of held-out folds are told: count, accuracy, and mean of the concepts' accuracies."""
+        """How well held-out marks are told: count, accuracy, mean of the concepts' accuracies, and that of guessing."""
         from sklearn.model_selection import StratifiedKFold
 
         ids = self.marks.concept_ids.numpy()
@@ -233,7 +241,12 @@ class MarkClassifier:
                 guess = model[-1].classes_[predict(model, self.features[own[test]]).argmax(1)]
                 right[own[test]] = guess == ids[own[test]]
         shares = [float(right[ids == index].mean()) for index in range(len(self.marks.concepts))]
-        return {"n": len(ids), "accuracy": float(right.mean()), "balanced_accuracy": float(np.mean(shares))}
+        return {
+            "n": len(ids),
+            "accuracy": float(right.mean()),
+            "balanced_accuracy": float(np.mean(shares)),
+            "guessing": len(self.marks.parents) / len(self.marks.concepts),
+        }
 
 
 def surest(probabilities: Tensor, share: float) -> tuple[Tensor, Tensor]:

@@ -162,14 +162,18 @@ def concepts(config: ConceptsConfig, classes: int) -> Work:
     new = {(rule.class_name, rule.subtype) for rule in map(subtype_rule, config.subtypes)}
     families = Counter(class_name for class_name, _ in new) or Counter(one=2)
     drawn = len(families) * config.images_per_class + (2 * classes + families.total()) * config.check_images_per_class
-    asked = max(families.values()) if config.contrast > 0 else 1
-    batch = asked * config.batch_size + real_images(config)
+    batch = config.batch_size + real_images(config)
+    followed = config.recognition_batch_size if config.recognition > 0 else 0
+    passed = passes(config.guidance_scale)
+    steps = config.inference_steps - config.train_steps
     return Work(
-        forward=drawn * config.inference_steps * passes(config.guidance_scale),
-        backward=config.steps * batch,
+        forward=(drawn * config.inference_steps + config.steps * followed * steps) * passed,
+        backward=config.steps * (batch + followed * config.train_steps * passed),
         decoded=drawn,
+        decoded_backward=config.steps * followed,
         encoded=config.steps * batch,
-        graph=batch,
+        graph=batch + followed * config.train_steps * passed,
+        decoded_graph=followed,
     )
 
 

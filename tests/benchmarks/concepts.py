@@ -44,7 +44,7 @@ from pathalign.trainers.concepts import align
 PARENT, ATTRIBUTE = "neutrophil", "nucleus_shape"
 SUBTYPES = {"band": ("unsegmented-band",), "segmented": ("segmented-bilobed", "segmented-multilobed")}
 RULES = [f"{PARENT}:{ATTRIBUTE}:{name}={'+'.join(values)}" for name, values in SUBTYPES.items()]
-CHANNELS = (24, 48, 96, 192)
+CHANNELS = (16, 40, 80, 160)
 
 
 class SubtypeJudge(nn.Module):
