@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,22 +41,6 @@ class Place:
     arm: Arm
     run_dir: Path
     first: Path
-
-
-def measure(place: Place) -> dict[str, Figure]:
-    """All figures of one arm and seed, by the experiment's measure.
-
-    Raises:
-        InputError: If a figure that the experiment shows is not among them.
-    """
-    found = MEASURES[place.experiment.measure](place)
-    missing = [name for name in place.experiment.show if name not in found]
-    if missing:
-        raise InputError(
-            f"`show` of {place.experiment.name} names {missing}, which arm {place.arm.name!r} has not; it has "
-            f"{', '.join(sorted(found))}."
-        )
-    return found
 
 
 def last_round(run_dir: Path, folder: str) -> Path:
@@ -192,11 +175,3 @@ def rare_class(place: Place) -> dict[str, Figure]:
         ),
         "added": Figure(0 if generated is None else len(generated)),
     }
-
-
-MEASURES: dict[str, Callable[[Place], dict[str, Figure]]] = {
-    "evaluation": evaluation,
-    "reward_ranking": reward_ranking,
-    "checks": checks,
-    "rare_class": rare_class,
-}

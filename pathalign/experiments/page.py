@@ -34,7 +34,10 @@ TITLES = {
     "reward_last": ("Reward at the end", False),
     "kept_epoch": ("Epoch that is kept", False),
     "epochs": ("Epochs", False),
-    "recall": ("Recall", True),
+    "subtype_right": ("Right subtype", True),
+    "subtype_judge_on_real": ("Subtype judge on unseen real cells", True),
+    "subtype_judge_balanced": ("the same, mean over subtypes", True),
+    "marks": ("Marks", False),
     "f1": ("F1", True),
     "accuracy": ("Accuracy, all classes", True),
 }
@@ -49,6 +52,9 @@ def title_of(name: str) -> tuple[str, bool]:
     """What readers call a figure, and whether it is a share, shown in percent."""
     if name in TITLES:
         return TITLES[name]
+    figure, _, part = name.partition(" of ")
+    if part and figure in TITLES:
+        return f"{TITLES[figure][0]}: {part}", TITLES[figure][1]
     row = next((row for row in ROWS if row.key == name), None)
     return (row.title, row.kind == "share") if row else (name.replace("_", " "), "share" in name)
 

@@ -15,7 +15,7 @@ from pathalign.workflow import RECIPES, merge, plan, recipe
 
 FOLDER = RECIPES / "experiments"
 SETS = ("after", "before", "control", "best_of_n", "real")
-MEASURES = ("evaluation", "reward_ranking", "checks", "rare_class")
+MEASURES = ("evaluation", "reward_ranking", "checks", "rare_class", "concepts")
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,23 @@ from typing import Any
 from pathalign.artefacts import write_atomically
 from pathalign.config import ConfigError
 from pathalign.experiments import page
-from pathalign.experiments.measures import Place, measure
+from pathalign.experiments.measures import Figure, Place, checks, evaluation, rare_class, reward_ranking
 from pathalign.experiments.recipe import Experiment, load, names
 from pathalign.experiments.results import Figures, as_json, summarize
 from pathalign.experiments.running import execute, runs_of
+from pathalign.experiments.subtypes import concepts
 from pathalign.ledger import Ledger
 from pathalign.progress import say
-from pathalign.schema import library_versions
+from pathalign.schema import InputError, library_versions
 
 ALL = "all"
+MEASURED: dict[str, Callable[[Place], dict[str, Figure]]] = {
+    "evaluation": evaluation,
+    "reward_ranking": reward_ranking,
+    "checks": checks,
+    "rare_class": rare_class,
+    "concepts": concepts,
+}
 
 
 def run(
@@ -81,7 +89,11 @@ def _finish(experiment: Experiment, output_dir: Path, data: str | None, command:
         }
         for arm in experiment.arms
     }
+    measure = MEASURED[experiment.measure]
     figures: Figures = {name: {seed: measure(place) for seed, place in some.items()} for name, some in places.items()}
+    known = {name for by_seed in figures.values() for found in by_seed.values() for name in found}
+    if missing := sorted(set(experiment.show) - known):
+        raise InputError(f"`show` of {experiment.name} names {missing}; its measure has {', '.join(sorted(known))}.")
     summaries = summarize(experiment, figures)
     origin = {
         "command": command,

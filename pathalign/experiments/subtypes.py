@@ -1,0 +1,188 @@
+"""The measure of new clinical concepts: are generated images of the subtype that they were asked for?
+
+A *subtype judge* answers, a network from scratch on real cells of the split class that neither base model, marks nor
+the classifier of the marks have seen: the splits `judge` and `judge_validation` and every second test image, with the
+attribute of the other classes' cells as a help. How often it is right on the other test images stands beside all that
+it says, and bounds it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from pathalign.augment import ORIENTATIONS, orient, random_exposure, random_orientations, random_shifts
+from pathalign.evaluate import alignment
+from pathalign.experiments.measures import CONFIDENCE, Figure, Place, evaluation, last_round
+from pathalign.generate import generate
+from pathalign.images import ImageSet, to_pixel_values
+from pathalign.progress import Progress
+from pathalign.reward.encoders import convnet
+from pathalign.schema import RunRecord
+from pathalign.settings.generate import GenerateConfig
+from pathalign.settings.subtypes import SubtypeRule, subtype_of, subtype_rule
+
+CHANNELS = (24, 48, 96, 192)
+JUDGE_STEPS = 800
+SUBTYPE_BATCH = 16  # images of each subtype, and of all classes, in a step
+LEARNING_RATE = 2e-3
+FIRST_SEED = 900_000  # of images that nothing else has drawn
+
+
+@dataclass(frozen=True)
+class Split:
+    """The class that is split, and the rules by which the experts' attribute makes its subtypes."""
+
+    rules: tuple[SubtypeRule, ...]
+
+    @property
+    def parent(self) -> str:
+        """Class that is split."""
+        return self.rules[0].class_name
+
+    @property
+    def attribute(self) -> str:
+        """Column of the data that the rules are about."""
+        return self.rules[0].attribute
+
+    @property
+    def names(self) -> list[str]:
+        """Subtypes in their order."""
+        return [rule.subtype for rule in self.rules]
+
+    def ids(self, images: ImageSet) -> Tensor:
+        """Index of each image's subtype, -1 for other classes and values. Shape `(n,)`, int64."""
+        values = zip(images.labels(), images.columns[self.attribute], strict=True)
+        found = [subtype_of(self.rules, label, {self.attribute: value}) for label, value in values]
+        return torch.tensor([self.names.index(name) if name else -1 for name in found])
+
+
+class SubtypeJudge(nn.Module):
+    """Logits of the subtypes `(n, subtypes)`; those of all classes' attribute `(n, values)` help in training only."""
+
+    def __init__(self, subtypes: int, values: int) -> None:
+        super().__init__()
+        self.network, self.dropout = convnet(CHANNELS), nn.Dropout(0.3)
+        self.subtype, self.attribute = nn.Linear(CHANNELS[-1], subtypes), nn.Linear(CHANNELS[-1], values)
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Images `(n, 3, size, size)` in [-1, 1]."""
+        features = self.dropout(self.network(pixel_values))
+        return self.subtype(features), self.attribute(features)
+
+    @torch.no_grad()
+    def shares(self, images: Tensor) -> Tensor:
+        """Probabilities of the subtypes, mean over orientations, of uint8 images. Shape `(n, subtypes)`."""
+        pixel_values = to_pixel_values(images)
+        return torch.stack([self(orient(pixel_values, turn))[0].softmax(1) for turn in range(ORIENTATIONS)]).mean(0)
+
+
+def halves(test: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Test images that the subtype judge learns from, and those that measure it."""
+    even = torch.arange(len(test)) % 2 == 0
+    return test.select(even), test.select(~even)
+
+
+def fit_judge(data: Path, split: Split, seed: int, place: Path) -> SubtypeJudge:
+    """Fit the subtype judge, or read the one that is kept at `place`."""
+    seen = [ImageSet.load(data, name) for name in ("judge", "judge_validation")]
+    seen.append(halves(ImageSet.load(data, "test"))[0])
+    values = sorted({value for images in seen for value in images.columns[split.attribute]})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        judge = SubtypeJudge(len(split.names), len(values))
+        if place.is_file():
+            judge.load_state_dict(torch.load(place, weights_only=True))
+            return judge.eval()
+        _train(judge, split, seen, values, seed)
+    with place.with_suffix(".partial").open("wb") as file:
+        torch.save(judge.state_dict(), file)
+    place.with_suffix(".partial").replace(place)
+    return judge.eval()
+
+
+def _train(judge: SubtypeJudge, split: Split, seen: list[ImageSet], values: list[str], seed: int) -> None:
+    images = torch.cat([to_pixel_values(part.images) for part in seen])
+    value_ids = torch.tensor([values.index(value) for part in seen for value in part.columns[split.attribute]])
+    ids = torch.cat([split.ids(part) for part in seen])
+    rows = [(ids == index).nonzero()[:, 0] for index in range(len(split.names))]
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=LEARNING_RATE, weight_decay=5e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=JUDGE_STEPS)
+    with Progress("subtype judge", JUDGE_STEPS) as progress:
+        for _ in range(JUDGE_STEPS):
+            own = torch.cat([part[torch.randint(0, len(part), (SUBTYPE_BATCH,), generator=generator)] for part in rows])
+            index = torch.cat([own, torch.randint(0, len(images), (SUBTYPE_BATCH,), generator=generator)])
+            turned = random_shifts(random_orientations(images[index], generator), generator)
+            logits, value_logits = judge(random_exposure(turned, generator, 0.7))
+            loss = F.cross_entropy(logits[: len(own)], ids[own]) + F.cross_entropy(value_logits, value_ids[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update()
+
+
+def concepts(place: Place) -> dict[str, Figure]:
+    """Share of images of the new classes whose subtype the subtype judge finds right, and what bounds it.
+
+    The parents' figures are those of the evaluation, before and after with the same seeds. `options`: `images`, of each
+    new class. The split is that of the arm's `align.subtypes`.
+    """
+    found = evaluation(place)
+    if place.arm.set != "after":
+        return found
+    record = RunRecord.load(last_round(place.run_dir, "adapter"))
+    split = Split(tuple(subtype_rule(text) for text in record.config["subtypes"]))
+    judge = fit_judge(place.run_dir / "data", split, record.config["seed"], place.run_dir / "subtype_judge.pt")
+    names = [entry["name"] for entry in record.metrics["concepts"]]
+    subtypes = [entry["subtype"] for entry in record.metrics["concepts"]]
+    images = _drawn(place, names)
+    wanted = torch.tensor([split.names.index(subtypes[names.index(name)]) for name in images.columns["concept"]])
+    right = judge.shares(images.images).argmax(1) == wanted
+    found["subtype_right"] = _share(right)
+    for index, name in enumerate(split.names):
+        found[f"subtype_right of {name}"] = _share(right[wanted == index])
+    unseen = halves(ImageSet.load(place.run_dir / "data", "test"))[1]
+    ids = split.ids(unseen)
+    shares = judge.shares(unseen.select(ids >= 0).images)
+    ids = ids[ids >= 0]
+    known = shares.argmax(1) == ids
+    found["subtype_judge_on_real"] = _share(known)
+    for index, name in enumerate(split.names):
+        found[f"subtype_judge_on_real of {name}"] = _share(known[ids == index])
+    balanced = np.mean([found[f"subtype_judge_on_real of {name}"].value for name in split.names])
+    found["subtype_judge_balanced"] = Figure(float(balanced), None, len(ids))
+    if len(split.names) == 2:
+        found["subtype_judge_roc_auc"] = Figure(float(roc_auc_score(ids, shares[:, 1])), None, len(ids))
+    found["marks"] = Figure(sum(entry["marks"] for entry in record.metrics["concepts"]))
+    return found
+
+
+def _drawn(place: Place, names: list[str]) -> ImageSet:
+    """Images of the new classes, made once."""
+    folder = place.run_dir / "samples_concepts"
+    if not folder.is_dir():
+        sampling = RunRecord.load(place.run_dir / "samples_after").config
+        config = GenerateConfig(
+            model=str(place.run_dir / "base"),
+            adapter=str(last_round(place.run_dir, "adapter")),
+            classes=names,
+            images_per_class=int(place.experiment.options["images"]),
+            inference_steps=sampling["inference_steps"],
+            seed=FIRST_SEED + sampling["seed"],
+        )
+        generate(config, folder)
+    return ImageSet.load(folder)
+
+
+def _share(right: Tensor) -> Figure:
+    interval: Any = alignment.wilson(int(right.sum()), len(right), CONFIDENCE)
+    return Figure(float(right.float().mean()), interval, len(right))
