@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_artefacts as tiny
 from hub import serve
@@ -24,17 +25,17 @@ for name in sys.argv[1:]:
 """
 
 
-def section() -> str:
-    """The part of the README for consumers."""
+def section(title: str = SECTION) -> str:
+    """A part of the README, by default the one for consumers."""
     text = (PROJECT / "README.md").read_text()
-    return text[text.index(SECTION) :].split("\n## ")[0]
+    return text[text.index(title) :].split("\n## ")[0]
 
 
 @pytest.mark.hub
 @pytest.mark.slow
 def test_what_the_readme_tells_consumers_to_type_works_as_it_stands(tmp_path: Path):
     blocks = re.findall(r"```python\n(.*?)```", section(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     base = tiny.pipeline(classes=CLASSES)
     base.save_pretrained(tmp_path / "cells")
     tiny.save_adapter(tmp_path / "cells-aligned", base, seed=1)
@@ -51,3 +52,13 @@ def test_what_the_readme_tells_consumers_to_type_works_as_it_stands(tmp_path: Pa
     assert all(0 < score < 1 for score in [*rewards, *(row["score"] for row in judged)])
     with Image.open(tmp_path / "neutrophil.png") as image:
         assert image.size == (16, 16)
+
+
+def test_what_the_readme_tells_of_metrics_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    (block,) = re.findall(r"```python\n(.*?)```", section("## Experiments"), flags=re.DOTALL)
+    features = np.random.default_rng(0).normal(size=(128, 8))
+    features[64:] += 1
+    found = {"features": features, "classes": ["neutrophil"] * 128}
+    exec(block, found)
+    assert found["values"]["kid"] > 0.1
