@@ -11,8 +11,9 @@ Takes a run of `pathalign run` or `demo` with data, base, reward and judge (real
 3. draws band and segmented neutrophils and, with the same seeds before and after, all classes;
 4. prints one JSON object: the judge's share of right subtypes, its accuracy on unseen real images, and the plausible
    share of the parents before and after by the run's own judge, with a paired interval.
-What is finished is not done again. The subtype judge is only asked at the end: settings are chosen by the classifier of
-the marks, see `recognised` in the adapter's run.json. All marks here are the experts' of WBCAtt, none is simulated.
+`--bound-only` prints what can be hoped for at all, on real images, and needs the run's data only. What is finished is
+not done again. The subtype judge is only asked at the end: settings are chosen by the classifier of the marks, see
+`recognised` in the adapter's run.json. All marks here are the experts' of WBCAtt, none is simulated.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from pathalign.generate import generate
 from pathalign.grading.simulated import SimulatedGrader
 from pathalign.images import ImageSet, to_pixel_values
 from pathalign.progress import Progress
-from pathalign.reward.encoders import convnet
+from pathalign.reward.encoders import convnet, load_encoder
 from pathalign.schema import RunRecord
 from pathalign.settings.concepts import ConceptsConfig
 from pathalign.settings.generate import GenerateConfig
 from pathalign.trainers.concepts import align
+from pathalign.trainers.marks import MarkClassifier, collect_marks, surest
 
 PARENT, ATTRIBUTE = "neutrophil", "nucleus_shape"
 SUBTYPES = {"band": ("unsegmented-band",), "segmented": ("segmented-bilobed", "segmented-multilobed")}
@@ -136,6 +138,33 @@ def on_real(judge: SubtypeJudge, images: ImageSet) -> dict[str, Any]:
     return {"roc_auc": float(roc_auc_score(ids, shares[:, 1])), "balanced_accuracy": balanced, **each}
 
 
+def bound(config: ConceptsConfig, judge: SubtypeJudge, data: Path) -> dict[str, Any]:
+    """What can be hoped for: how far marks, judge and experts agree on real images that none of the networks has seen.
+
+    An adapter learns from the images of which the marks' classifier is surest. If it drew just these, the judge would
+    call as many of them right as it does here.
+    """
+    real = ImageSet.load(data, "train")
+    encoder = load_encoder(config.encoder)
+    classifier = MarkClassifier(encoder, collect_marks(config, real, real.class_names))
+    unseen = halves(ImageSet.load(data, "test"))[1]
+    ids = subtypes(unseen)
+    unseen, ids = unseen.select(ids >= 0), ids[ids >= 0]
+    told, judged = classifier.probabilities(unseen.images, unseen.labels()), judge.shares(unseen.images).argmax(1)
+    found: dict[str, Any] = {
+        "marks_cross_validated": classifier.cross_validated(config.seed),
+        "subtype_judge_on_unseen_real": on_real(judge, unseen),
+    }
+    for kept in (1.0, config.sure_share, config.sure_share / 2):
+        rows, label = surest(told, kept)
+        found[f"surest {kept:.0%}"] = {
+            name: {"expert": share(ids[rows][own] == index), "judge": share(judged[rows][own] == index)}
+            for index, name in enumerate(SUBTYPES)
+            if (own := label == index).any()
+        }
+    return found
+
+
 def draw(run: Path, adapter: Path | None, classes: list[str], count: int, folder: Path, steps: int) -> ImageSet:
     """A candidate set, made once."""
     if not folder.is_dir():
@@ -159,6 +188,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200, help="of each new class")
     parser.add_argument("--parent-images", type=int, default=100, help="of each class, before and after")
     parser.add_argument("--inference-steps", type=int, default=10)
+    parser.add_argument(
+        "--bound-only", action="store_true", help="how hard it is on real images; trains the judge only"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="settings of the method")
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -168,6 +200,10 @@ def main() -> None:
         base_model=str(run / "base"), reward_model=str(options.reward_model or run / "reward"), data=str(run / "data"),
         subtypes=RULES, max_marks=options.marks, seed=options.seed, **settings,
     )  # fmt: skip
+    judge = fit_judge(run / "data", options.judge_steps, options.seed, options.output_dir / "subtype_judge.pt")
+    if options.bound_only:
+        print(json.dumps(bound(config, judge, run / "data")))
+        return
     if not adapter.is_dir():
         align(config, adapter)
     names = [f"{subtype} {PARENT}" for subtype in SUBTYPES]
@@ -175,7 +211,6 @@ def main() -> None:
     new = draw(run, adapter, names, options.images, options.output_dir / "new", steps)
     before = draw(run, None, [], options.parent_images, options.output_dir / "before", steps)
     after = draw(run, adapter, [], options.parent_images, options.output_dir / "after", steps)
-    judge = fit_judge(run / "data", options.judge_steps, options.seed, options.output_dir / "subtype_judge.pt")
     wanted = torch.tensor([names.index(name) for name in new.columns["concept"]])
     right = judge.shares(new.images).argmax(1) == wanted
     plausibility = SimulatedGrader.load(options.judge or run / "judge")
@@ -186,14 +221,13 @@ def main() -> None:
     parents[PARENT] = np.array([label == PARENT for label in before.labels()])
     found = {
         "subtype_right": {"all": share(right), **{name: share(right[wanted == i]) for i, name in enumerate(names)}},
-        "subtype_judge_on_unseen_real": on_real(judge, halves(ImageSet.load(run / "data", "test"))[1]),
+        **bound(config, judge, run / "data"),
         "plausible": {name: float(np.mean(verdict.plausible)) for name, verdict in verdicts.items()},
         "parents_gain": {
             name: paired_gain(verdicts["before"].plausible[own], verdicts["after"].plausible[own], 2000, 0.95, 0)
             for name, own in parents.items()
         },
         "adapter": RunRecord.load(adapter).metrics["concepts"],
-        "marks_cross_validated": RunRecord.load(adapter).metrics["marks_cross_validated"],
     }
     (options.output_dir / "concepts.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found))
