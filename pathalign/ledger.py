@@ -81,7 +81,11 @@ class Ledger:
         for other in others:
             if other.resolve() == self.path.parent.resolve():
                 continue
-            for name, entry in Ledger(other).steps.items():
+            try:
+                steps = Ledger(other).steps
+            except InputError:
+                continue  # not ours to mend
+            for name, entry in steps.items():
                 made = other / name
                 if entry["key"] != key or not made.is_dir() or not _unchanged(made, entry):
                     continue
@@ -131,8 +135,8 @@ def _link(source: str, target: str) -> None:
 
 
 def run_dirs(root: Path) -> list[Path]:
-    """Run directories at `root` or up to three folders below it, by name."""
-    return sorted(path.parent for depth in range(4) for path in root.glob("*/" * depth + LEDGER_NAME))
+    """Run directories at `root` or up to four folders below it (those of experiments), by name."""
+    return sorted(path.parent for depth in range(5) for path in root.glob("*/" * depth + LEDGER_NAME))
 
 
 def signature(path: Path) -> str:
@@ -157,7 +161,11 @@ def shared(reuse: Path | None, key: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder = reuse / ".making"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a folder of others, only read
+        yield
+        return
     lock = FileLock(folder / key)
     try:
         lock.acquire(timeout=0)

@@ -292,8 +292,9 @@ def execute(
         for number, job in enumerate(jobs, 1):
             place = f"[{number}/{len(jobs)}]"
             look = new_grades and job.stage.name == "grade"
-            with shared(reuse, _key(job, contents)):
-                results.append(_execute(job, place, ledger, contents, job.step.folder in held, look, reuse))
+            others = None if start and number > first else reuse  # what is asked for is made, not taken over
+            with shared(others, _key(job, contents)):
+                results.append(_execute(job, place, ledger, contents, job.step.folder in held, look, others))
         ledger.forced_from = None
         ledger.save()
     return results

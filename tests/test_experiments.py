@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,11 @@ from test_loop import TINY, write_config
 
 from pathalign.cli import main
 from pathalign.config import ConfigError
-from pathalign.experiments import page, recipe
+from pathalign.experiments import measures, page, recipe, study
 from pathalign.experiments.measures import Figure
 from pathalign.experiments.results import over_seeds, summarize
 from pathalign.ledger import Ledger
+from pathalign.schema import InputError
 from pathalign.workflow import plan
 
 ARMS = {"main": {}, "base": {"set": "before"}, "short": {"settings": {"reward": {"epochs": 1}}}}
@@ -65,11 +66,14 @@ def test_every_experiment_of_the_package_can_be_planned_at_both_scales(tmp_path)
 
 
 def test_an_arm_with_another_method_leaves_the_recipes_settings_of_its_own_one_behind(tmp_path):
-    settings = {"align": {"rounds": 2}}
+    settings = {"align": {"lora_rank": 2}}
     experiment = load(tmp_path, settings=settings, arms={**ARMS, "draft": {"settings": {"align": {"method": "draft"}}}})
-    assert experiment.values(experiment.arm("main"), 3, None, None)["align"]["rounds"] == 2
+    assert experiment.values(experiment.arm("main"), 3, None, None)["align"] == {
+        "method": "reward-weighted",
+        "lora_rank": 2,
+    }
     values = experiment.values(experiment.arm("draft"), 3, "cells", None)
-    assert values["align"] == {"method": "draft"}
+    assert values["align"] == {"method": "draft", "lora_rank": 2}
     assert values["seed"] == 3 and values["data"]["source"] == "cells"
 
 
@@ -94,6 +98,11 @@ def test_controls_are_measured_in_the_first_arms_run_only(tmp_path):
         ({"arms": {"main": {}, "x": {"of": "nobody"}}}, ["`of` is 'nobody'"]),
         ({"against": "bass", "measure": "evalution"}, ["Did you mean 'base'?", "Did you mean 'evaluation'?"]),
         ({"seeds": [0, -1]}, ["`seeds` is [0, -1]"]),
+        ({"arms": ["main"]}, ["`arms` must hold `name:"]),
+        ({"show": "precision"}, ["`show` is 'precision'; give a list"]),
+        ({"measure": "rare_class"}, ["`options` has nothing; the measure rare_class wants class, added"]),
+        ({"arms": {"main": {"until": "align"}}}, ["`arms.main.until` is 'align'; the measure evaluation needs"]),
+        ({"base": "demo_rea"}, ["Did you mean 'demo_real'?"]),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_all_that_is_wrong(changed, texts, tmp_path):
@@ -178,7 +187,7 @@ def test_a_study_runs_is_interrupted_goes_on_and_reports(tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr[-2000:]
-    assert children_of(process.pid) == []
+    assert still_running() == []
     before = Ledger(runs / "main" / "seed-0").steps
 
     done = subprocess.run(command, capture_output=True, text=True)
@@ -186,7 +195,8 @@ def test_a_study_runs_is_interrupted_goes_on_and_reports(tmp_path):
     result = json.loads(done.stdout)["experiments"]["epochs"]
     ledgers = {arm: Ledger(runs / arm / "seed-0").steps for arm in ("main", "short")}
     assert ledgers["main"]["base"] == before["base"]  # not made again
-    assert ledgers["short"]["base"]["content"] == ledgers["main"]["base"]["content"]
+    weights = "base/unet/diffusion_pytorch_model.safetensors"
+    assert (runs / "short" / "seed-0" / weights).samefile(runs / "main" / "seed-0" / weights)
     assert ledgers["short"]["reward"]["content"] != ledgers["main"]["reward"]["content"]
 
     folder = output / "epochs"
@@ -208,16 +218,48 @@ def test_a_study_runs_is_interrupted_goes_on_and_reports(tmp_path):
     assert Ledger(runs / "short" / "seed-0").steps == ledgers["short"]
 
 
-def children_of(session: int) -> list[str]:
-    """Processes that still run below `session`, by command line."""
+def still_running() -> list[str]:
+    """Command lines of processes that work on the study's runs."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if "epochs/runs" in (line := stat.read_text().replace("\0", " ")) and int(stat.parent.name) != os.getpid():
-                found.append(line)
-        except OSError:
-            continue
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            line = path.read_text().replace("\0", " ")
+            found += [line] if "epochs/runs" in line else []
     return found
+
+
+@pytest.mark.parametrize(("data", "shown"), [(".", "DIR"), ("lab/cells", "lab/cells")])
+def test_the_command_on_the_page_names_no_folder_of_this_machine(data, shown):
+    words = study._command(["/home/ada/my study.yaml"], data, [0, 1], "cpu", None, 2)
+    assert words == f"pathalign experiment 'my study.yaml' --data {shown} --seeds 0,1 --workers 2"
+
+
+def test_figures_carry_the_number_of_images_behind_them():
+    entry = {"n": 1500, "n_fidelity": 500, "precision": 0.8, "precision_ci": [0.7, 0.9], "plausible_share": 0.9}
+    found = measures.figures_in({**entry, "plausible_ci": [0.88, 0.92], "kid": 0.1, "fid_dimensions": 64})
+    assert found["precision"] == Figure(0.8, [0.7, 0.9], 500)
+    assert found["plausible_share"] == Figure(0.9, [0.88, 0.92], 1500)
+    assert found["kid"].n == 500 and "n_fidelity" not in found
+
+
+def test_the_last_round_is_that_of_the_settings_not_of_an_earlier_run(tmp_path):
+    for name in ("adapter", "round-2/adapter", "round-3/adapter"):
+        (tmp_path / name).mkdir(parents=True)
+    for rounds, expected in ((1, "adapter"), (2, "round-2/adapter"), (3, "round-3/adapter")):
+        (tmp_path / "config.yaml").write_text(f"rounds: {rounds}")
+        assert measures.last_round(tmp_path, "adapter") == tmp_path / expected
+    with pytest.raises(InputError, match="has no evaluation"):
+        measures.last_round(tmp_path, "evaluation")
+
+
+def test_a_run_that_fails_is_reported_with_the_end_of_its_log(tmp_path):
+    settings = {"data": {"source": str(tmp_path / "nothing")}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**TINY_STUDY, "settings": settings}, sort_keys=False))
+    result = CliRunner().invoke(
+        main, ["experiment", str(tmp_path / "study.yaml"), "--output-dir", str(tmp_path / "out")]
+    )
+    assert result.exit_code == 1
+    assert "study: main, seed 0 failed" in result.stderr and str(tmp_path / "nothing") in result.stderr
 
 
 def test_the_data_stage_makes_one_class_rare_and_leaves_the_others_as_they_are(tmp_path):

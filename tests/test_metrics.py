@@ -346,7 +346,7 @@ def test_features_that_were_made_before_an_interruption_are_not_made_again(tmp_p
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert isinstance(found, np.memmap) and not found.flags.writeable
     assert sum(seen) == 80 + 4 + 2  # what was lost: the batch that failed, and the one after the last save
-    assert [path.suffix for path in Path(tmp_path).iterdir()] == [".npy"]
+    assert {path.suffix for path in Path(tmp_path).iterdir()} == {".npy", ".lock"}
 
 
 def test_a_card_calls_the_figures_of_older_reports_by_what_they_measure():

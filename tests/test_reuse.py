@@ -85,12 +85,12 @@ def test_one_of_two_runs_makes_a_step_and_the_other_waits_for_it(loop, monkeypat
     )
 
 
-def test_run_directories_are_found_down_to_the_third_folder(tmp_path):
-    for place in ("", "a", "a/b", "a/b/c", "a/b/c/d"):
+def test_run_directories_are_found_down_to_the_fourth_folder(tmp_path):
+    for place in ("", "a", "a/b", "a/b/c", "a/b/c/d", "a/b/c/d/e"):
         (tmp_path / place).mkdir(exist_ok=True)
         (tmp_path / place / "stages.json").write_text("{}")
     found = [path.relative_to(tmp_path).as_posix() for path in run_dirs(tmp_path)]
-    assert found == [".", "a", "a/b", "a/b/c"]
+    assert found == [".", "a", "a/b", "a/b/c", "a/b/c/d"]
 
 
 @pytest.mark.parametrize("dropped", [("control",), ("best_of_n",), ("control", "best_of_n")])
@@ -100,3 +100,18 @@ def test_what_no_evaluation_reads_is_not_made(dropped, tmp_path):
     unwanted = {"control": {"control", "samples_control"}, "best_of_n": {"samples_best_of_n"}}
     everything = {job.step.folder for job in workflow.plan({}, tmp_path)}
     assert everything - folders == set().union(*(unwanted[name] for name in dropped))
+
+
+def test_what_is_asked_for_with_from_is_made_and_not_taken_over(loop):  # noqa: F811
+    go(loop)
+    other(loop, "second")
+    plan = workflow.plan({}, loop.run_dir)
+    results = workflow.execute(plan, loop.run_dir, start="graders", reuse=loop.run_dir.parent)
+    assert [result.status for result in results] == ["taken", "taken", "made", "made", "made"]
+
+
+def test_a_broken_run_beside_it_harms_no_other(loop):  # noqa: F811
+    go(loop)
+    (loop.run_dir / "stages.json").write_text("{}")
+    other(loop, "second")
+    assert set(go(loop).values()) == {"made"}

@@ -11,10 +11,12 @@ import numpy as np
 from accelerate import PartialState
 from sklearn.metrics import f1_score, recall_score, roc_auc_score
 
+from pathalign.config import read_yaml
 from pathalign.evaluate import alignment, utility
 from pathalign.evaluate.features import FeatureStore
 from pathalign.evaluate.fidelity import rows_of_class
-from pathalign.experiments.recipe import Arm, Experiment, features_of
+from pathalign.evaluate.report import ROWS
+from pathalign.experiments.recipe import CONFIG_NAME, Arm, Experiment, features_of
 from pathalign.grading.simulated import SimulatedGrader
 from pathalign.images import ImageSet
 from pathalign.reward import load_reward_model
@@ -44,16 +46,17 @@ class Place:
 
 
 def last_round(run_dir: Path, folder: str) -> Path:
-    """`folder` of the last round that has made it.
+    """`folder` of the last of the run's rounds that makes it.
 
     Raises:
         InputError: If none has.
     """
-    rounds = sorted(run_dir.glob(f"round-*/{folder}"), key=lambda path: int(path.parent.name.split("-")[1]))
-    found = [path for path in (run_dir / folder, *rounds) if path.is_dir()]
-    if not found:
-        raise InputError(f"{run_dir} has no {folder}; run the experiment again, up to its end.")
-    return found[-1]
+    rounds = int(read_yaml(run_dir / CONFIG_NAME).get("rounds", 1))
+    places = [run_dir / (f"round-{number}/{folder}" if number > 1 else folder) for number in range(rounds, 0, -1)]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise InputError(f"{run_dir} has no {folder}; its arm ends before that (`until`).")
+    return found
 
 
 def evaluation(place: Place) -> dict[str, Figure]:
@@ -80,14 +83,16 @@ def evaluation(place: Place) -> dict[str, Figure]:
 
 
 def figures_in(entry: dict[str, Any]) -> dict[str, Figure]:
-    """The figures of one set in `metrics.json`: numbers, each with its interval under `<name>_ci`."""
-    aliases = {"plausible_share": "plausible_ci"}
-    counts = {"utility_accuracy": None, "augmented_accuracy": None}  # their n is that of the training images
-    return {
-        name: Figure(float(value), entry.get(aliases.get(name, f"{name}_ci")), counts.get(name, entry["n"]))
-        for name, value in entry.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    """The figures of one set in `metrics.json`: numbers, with interval and number of images where they have any."""
+    rows = {row.key: row for row in ROWS}
+    found = {}
+    for name, value in entry.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or name.startswith("n_") or name == "n":
+            continue
+        row = rows.get(name)
+        count = entry.get(row.count) if row and row.count else None
+        found[name] = Figure(float(value), entry.get(row.interval) if row and row.interval else None, count)
+    return found
 
 
 def reward_ranking(place: Place) -> dict[str, Figure]:
@@ -122,10 +127,9 @@ def checks(place: Place) -> dict[str, Figure]:
     kept = next(row for row in rows if row["epoch"] == training["kept_epoch"])
     return {
         "judge_first": Figure(judged[0], None, n),
-        "judge_best": Figure(max(judged), None, n),
         "judge_last": Figure(judged[-1], None, n),
         "judge_kept": Figure(kept["judge_share"], None, n),
-        "lost_after_best": Figure(max(judged) - judged[-1], None, n),
+        "judge_last_less_kept": Figure(judged[-1] - kept["judge_share"], None, n),
         "reward_first": Figure(rows[0]["reward"], None, n),
         "reward_last": Figure(rows[-1]["reward"], None, n),
         "epochs": Figure(rows[-1]["epoch"]),
@@ -149,10 +153,14 @@ def rare_class(place: Place) -> dict[str, Figure]:
     generated = None
     if place.arm.set != "real":
         generated = ImageSet.load(last_round(place.run_dir, f"samples_{place.arm.set}"))
-        rows = rows_of_class(generated, generated.class_names.index(name))[:added]
-        generated = generated.select(rows.tolist())
-    encoder = load_encoder("efficientnet-lite0")
-    store = FeatureStore(encoder, "efficientnet-lite0", features_of(place.first.parents[3]), PartialState().device)
+        rows = rows_of_class(generated, generated.class_names.index(name))
+        if len(rows) < added:
+            raise InputError(f"{place.arm.title} has {len(rows)} images of {name}, not {added}; raise `sample`'s.")
+        generated = generated.select(rows[:added].tolist())
+    encoder_name = RunRecord.load(place.first / "evaluation").config["encoder"]
+    store = FeatureStore(
+        load_encoder(encoder_name), encoder_name, features_of(place.first.parents[3]), PartialState().device
+    )
     features = store.features(train.images, "real training images")
     class_ids = train.class_ids.numpy()
     if generated is not None:
@@ -164,7 +172,7 @@ def rare_class(place: Place) -> dict[str, Figure]:
     hits = predicted[of_class] == rare
     correct = predicted == true
     return {
-        "recall": Figure(
+        "class_recall": Figure(
             float(recall_score(true, predicted, labels=[rare], average="macro")),
             alignment.wilson(int(hits.sum()), len(hits), CONFIDENCE),
             len(hits),
@@ -174,4 +182,5 @@ def rare_class(place: Place) -> dict[str, Figure]:
             float(correct.mean()), alignment.wilson(int(correct.sum()), len(correct), CONFIDENCE), len(correct)
         ),
         "added": Figure(0 if generated is None else len(generated)),
+        "real_of_class": Figure(int((train.class_ids == rare).sum())),
     }

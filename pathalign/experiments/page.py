@@ -26,10 +26,9 @@ TITLES = {
     "roc_auc_by_judge": ("ROC AUC (judge)", False),
     "reward_roc_auc": ("ROC AUC of the reward model", False),
     "judge_first": ("Judge before training", True),
-    "judge_best": ("Judge at its best", True),
     "judge_last": ("Judge at the end", True),
     "judge_kept": ("Judge, of what is kept", True),
-    "lost_after_best": ("Lost after the best", True),
+    "judge_last_less_kept": ("Judge, end less what is kept", True),
     "reward_first": ("Reward before training", False),
     "reward_last": ("Reward at the end", False),
     "kept_epoch": ("Epoch that is kept", False),
@@ -83,7 +82,11 @@ def answers(experiment: Experiment, summaries: Summaries) -> list[str]:
     found = []
     for arm in experiment.arms:
         summary = summaries[arm.name].get(name)
-        if summary is None or summary.difference is None:
+        if summary is None or arm is other:
+            continue
+        if summary.difference is None:
+            within = f" ({span(summary.interval, share)})" if summary.interval else ""
+            found.append(f"{arm.title}: {title.lower() if share else title} {text(summary.mean, share)}{within}.")
             continue
         unit = " points" if share else ""
         line = (
@@ -92,13 +95,18 @@ def answers(experiment: Experiment, summaries: Summaries) -> list[str]:
             f"{text(summary.difference, share, sign=True)}{unit}"
         )
         if summary.difference_interval is None:
-            line += f" ({len(experiment.seeds)} seeds: too few for an interval)."
+            line += f" ({_count(experiment)}: too few for an interval)."
         else:
             verdict = "" if summary.clear else ", which may be chance"
             within = span(summary.difference_interval, share, difference=True)
             line += f" ({100 * CONFIDENCE:.0f} % over seeds: {within}{verdict})."
         found.append(line)
     return found
+
+
+def _count(experiment: Experiment) -> str:
+    count = len(experiment.seeds)
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def main_table(experiment: Experiment, summaries: Summaries) -> Table:
@@ -119,19 +127,36 @@ def _which_interval(experiment: Experiment) -> str:
     return "" if few else f", its {100 * CONFIDENCE:.0f} % interval over seeds"
 
 
+def _intervals(experiment: Experiment) -> str:
+    """What intervals are over, and what they leave out."""
+    if len(experiment.seeds) == 1:
+        return "Intervals are over images; they say nothing of another training run, or of other data."
+    if len(experiment.seeds) < FEWEST_SEEDS:
+        count = len(experiment.seeds)
+        return f"{count} seeds are too few for an interval over seeds; those of single seeds are over images."
+    return (
+        f"Intervals are over the {len(experiment.seeds)} seeds: another draw of data split, base model, grades, "
+        "training and images, but the same source of real images. They say nothing of other data."
+    )
+
+
 def class_table(experiment: Experiment, summaries: Summaries) -> Table | None:
     """Plausible share of each class, where the experiment measures it."""
     prefix = CLASS_PREFIX.replace(" ", "_", 1)
     names = tuple(name for name in summaries[experiment.arms[0].name] if name.startswith(prefix))
-    return _table(experiment, summaries, names, "Plausible share of each class, likewise.") if names else None
+    caption = "Plausible share of each class, likewise."
+    return _table(experiment, summaries, names, caption, CLASS_PREFIX) if names else None
 
 
-def _table(experiment: Experiment, summaries: Summaries, names: tuple[str, ...], caption: str) -> Table:
+def _table(
+    experiment: Experiment, summaries: Summaries, names: tuple[str, ...], caption: str, prefix: str = ""
+) -> Table:
+    columns = [title_of(name)[0].removeprefix(prefix) for name in names]
     rows = []
     for arm in experiment.arms:
         cells = [_cell(summaries[arm.name].get(name), title_of(name)[1]) for name in names]
         rows.append(TableRow(arm.title, cells))
-    return Table(caption, ["Arm", *(title_of(name)[0].removeprefix(CLASS_PREFIX) for name in names)], rows)
+    return Table(caption, ["Arm", *columns], rows)
 
 
 def _cell(summary: Summary | None, share: bool) -> Cell:
@@ -157,7 +182,7 @@ def seed_table(experiment: Experiment, summaries: Summaries) -> Table:
     return Table(f"{title} of each seed, with {100 * CONFIDENCE:.0f} % intervals over images.", columns, rows)
 
 
-def markdown(experiment: Experiment, summaries: Summaries, origin: dict[str, Any]) -> str:
+def markdown(experiment: Experiment, summaries: Summaries, origin: dict[str, Any], simulated: bool) -> str:
     """The main table and where it comes from, as Markdown."""
     table = main_table(experiment, summaries)
     lines = [f"## {experiment.title}", "", experiment.question, ""]
@@ -166,8 +191,9 @@ def markdown(experiment: Experiment, summaries: Summaries, origin: dict[str, Any
         cells = [f"{cell.value} ({cell.interval})" if cell.interval else cell.value for cell in row.cells]
         lines.append("| " + " | ".join([row.title, *cells]) + " |")
     first = summaries[experiment.arms[0].name][experiment.show[0]]
-    count = f", n = {first.n} for each seed" if first.n else ""
-    lines += ["", table.caption.replace("“", '"').replace("”", '"') + f" Simulated grader and judge{count}."]
+    count = f"; n = {first.n} for each seed" if first.n else ""
+    graded = "Grader and judge are simulated" if simulated else "The judge is simulated"
+    lines += ["", table.caption.replace("“", '"').replace("”", '"') + f" {graded}{count}."]
     lines += ["", *(f"- {note}" for note in experiment.notes)] if experiment.notes else []
     lines += ["", f"`{origin['command']}`, commit {origin['commit']}, {origin['compute']}."]
     return "\n".join(lines) + "\n"
@@ -179,6 +205,7 @@ def write(
     summaries: Summaries,
     places: dict[str, dict[int, Place]],
     origin: dict[str, Any],
+    simulated: bool,
 ) -> None:
     """Write `index.html` and `figures/`.
 
@@ -188,6 +215,7 @@ def write(
         summaries: Arm -> name -> summary.
         places: Arm -> seed -> where its run lies.
         origin: `command`, `commit`, `compute`, `version` and `data`, as texts.
+        simulated: Whether simulated graders gave the feedback.
     """
     (folder / "figures").mkdir(exist_ok=True)
     write_page(
@@ -203,6 +231,8 @@ def write(
         settings=[(arm.title, _settings(experiment, arm)) for arm in experiment.arms],
         shared=yaml.safe_dump(experiment.settings, sort_keys=False) if experiment.settings else "",
         origin=origin,
+        simulated=simulated,
+        intervals=_intervals(experiment),
         terms=terms({*experiment.show, "judge", "grader"}),
     )
 
@@ -236,7 +266,7 @@ def _charts(
         chart = figures.draw(folder / "curve", lambda axes: curve(axes, experiment, summaries, name))
     else:
         chart = figures.draw(folder / "arms", lambda axes: points(axes, experiment, summaries, name))
-    caption = f"{title}: mean over seeds with its {100 * CONFIDENCE:.0f} % interval; small marks are single seeds."
+    caption = f"{title}: mean over the seeds{_which_interval(experiment)}; small marks are single seeds."
     found = [{"chart": chart, "alt": f"{title} of each arm; the numbers are in the table", "caption": caption}]
     if experiment.measure == "checks":
         for seed in experiment.seeds:
@@ -271,18 +301,27 @@ def curve(axes: Axes, experiment: Experiment, summaries: Summaries, name: str) -
     scale = 100 if share else 1
     arms = [arm for arm in experiment.arms if name in summaries[arm.name]]
     lines = dict.fromkeys(arm.line for arm in arms if arm.x is not None)
+    last = max(arm.x for arm in arms if arm.x is not None)
     for index, line in enumerate(lines):
         on_it = sorted((arm for arm in arms if arm.x is not None and arm.line == line), key=lambda arm: arm.x or 0)
         if index:  # curves end where all grades are used, whichever came first
-            on_it += [arm for arm in arms if arm.x == 100 and arm.line != line]
+            on_it += [arm for arm in arms if arm.x == last and arm.line != line]
         found = [summaries[arm.name][name] for arm in on_it]
         x, y = [arm.x or 0 for arm in on_it], scale * np.array([summary.mean for summary in found])
         ends = np.array([summary.interval or [summary.mean] * 2 for summary in found])
         reach = np.abs(scale * ends.T - y)
-        axes.errorbar(x, y, yerr=reach, capsize=3, label=line or None, color=COLOURS[index], marker=MARKERS[index])
+        axes.errorbar(
+            x,
+            y,
+            yerr=reach,
+            capsize=3,
+            label=line or None,
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+        )
         for place, summary in zip(x, found, strict=True):
             seeds = scale * np.array(summary.by_seed)
-            axes.plot([place] * len(seeds), seeds, ".", color=COLOURS[index], alpha=0.5)
+            axes.plot([place] * len(seeds), seeds, ".", color=COLOURS[index % len(COLOURS)], alpha=0.5)
     for index, arm in enumerate(arm for arm in arms if arm.x is None):
         style = ("--", ":", "-.")[index % 3]
         axes.axhline(scale * summaries[arm.name][name].mean, linestyle=style, color=COLOURS[6], label=arm.title)
@@ -299,9 +338,9 @@ def trained(axes: Axes, trainings: dict[str, dict[str, Any]]) -> None:
         for key, (_, style) in LINES.items():
             rows = [(row["epoch"], row[key]) for row in training["checks"]]
             label = arm if key == "judge_share" else None
-            axes.plot(*zip(*rows, strict=True), linestyle=style, color=COLOURS[index], label=label)
+            axes.plot(*zip(*rows, strict=True), linestyle=style, color=COLOURS[index % len(COLOURS)], label=label)
             kept = [pair for pair in rows if pair[0] == training["kept_epoch"]]
-            axes.plot(*zip(*kept, strict=True), "o", color=COLOURS[index])
+            axes.plot(*zip(*kept, strict=True), "o", color=COLOURS[index % len(COLOURS)])
     axes.set_xlabel("epochs")
     axes.set_ylabel("mean over the check's images")
     axes.grid(axis="y", alpha=0.25)

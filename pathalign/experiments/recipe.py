@@ -14,8 +14,19 @@ from pathalign.stages import stage_names
 from pathalign.workflow import RECIPES, merge, plan, recipe
 
 FOLDER = RECIPES / "experiments"
+CONFIG_NAME = "config.yaml"
 SETS = ("after", "before", "control", "best_of_n", "real")
-MEASURES = ("evaluation", "reward_ranking", "checks", "rare_class", "concepts")
+OPTIONS = {
+    "evaluation": (),
+    "reward_ranking": (),
+    "checks": (),
+    "rare_class": ("class", "added"),
+    "concepts": ("images",),
+}
+NEED_EVALUATION = ("evaluation", "rare_class", "concepts")
+MEASURES = tuple(OPTIONS)
+BASES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+FEATURES = "features"
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
@@ -96,10 +107,10 @@ class Experiment:
             data: Real images, in place of the recipe's.
             minutes: Scales the recipe's steps and images; None leaves them.
         """
-        values = merge(recipe(self.base, minutes), self.settings)
-        changed = dict(arm.settings)
+        values = recipe(self.base, minutes)
+        changed = merge(self.settings, arm.settings)
         method = (changed.get("align") or {}).get("method")
-        if method not in (None, values["align"].get("method")):
+        if method not in (None, (values.get("align") or {}).get("method")):
             values = {**values, "align": {}}  # the recipe's settings are those of its own method
         values = merge(values, changed)
         if arm is not self.arms[0]:  # what is compared with is measured once
@@ -118,7 +129,7 @@ class Experiment:
 
 def features_of(output_dir: Path) -> Path:
     """Where all experiments of a directory keep the features of their images."""
-    return output_dir / "features"
+    return output_dir / FEATURES
 
 
 def names() -> list[str]:
@@ -169,6 +180,9 @@ def _build(name: str, values: Mapping[str, Any], title: str) -> Experiment:
     problems += [f"`{key}` is missing." for key in ("title", "question", "arms", "show") if not values.get(key)]
     if problems:
         raise ConfigError(title, problems)
+    written = values["arms"].values() if isinstance(values["arms"], Mapping) else ["no mapping"]
+    if not all(isinstance(arm, Mapping | None) for arm in written):
+        raise ConfigError(title, ["`arms` must hold `name: {title: ..., settings: ...}` lines, one for each arm."])
     arms = [_arm(key, entry or {}, problems) for key, entry in values["arms"].items()]
     running = [arm.name for arm in arms if arm.runs]
     if not arms[0].runs:
@@ -184,6 +198,23 @@ def _build(name: str, values: Mapping[str, Any], title: str) -> Experiment:
     ):
         if value not in choices:
             problems.append(unknown_choice(key, value, choices))
+    for key in ("show", "notes"):
+        if not isinstance(values.get(key, []), list):
+            problems.append(f"`{key}` is {values[key]!r}; give a list.")
+    measured, options = values.get("measure", MEASURES[0]), values.get("options") or {}
+    if measured in OPTIONS and set(options) != set(OPTIONS[measured]):
+        wanted = ", ".join(OPTIONS[measured]) or "nothing"
+        problems.append(f"`options` has {', '.join(options) or 'nothing'}; the measure {measured} wants {wanted}.")
+    if measured in NEED_EVALUATION:
+        problems += [
+            f"`arms.{arm.name}.until` is {arm.until!r}; the measure {measured} needs `evaluate`."
+            for arm in arms
+            if arm.runs and arm.until != "evaluate"
+        ]
+    if values.get("base", "demo_real") not in BASES:
+        problems.append(unknown_choice("base", values["base"], BASES))
+    if name == FEATURES:
+        problems.append(f"an experiment cannot be called {FEATURES}: the folder of that name holds image features.")
     seeds = values.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or any(not isinstance(seed, int) or seed < 0 for seed in seeds):
         problems.append(f"`seeds` is {seeds!r}; give a list of whole numbers from 0.")

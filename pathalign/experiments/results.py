@@ -91,7 +91,6 @@ def as_json(experiment: Experiment, figures: Figures, summaries: dict[str, dict[
         "against": experiment.against,
         "show": list(experiment.show),
         "confidence": CONFIDENCE,
-        "simulated": True,
         "arms": {
             arm.name: {
                 "title": arm.title,

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import yaml
 
-from pathalign.experiments.recipe import Arm, Experiment, features_of
+from pathalign.experiments.recipe import CONFIG_NAME, Arm, Experiment, features_of
 from pathalign.progress import say
 from pathalign.schema import InputError
 from pathalign.workflow import merge
 
 LOG_NAME = "log.txt"
 SHOWN_LOG_LINES = 12
+PATIENCE_S = 30  # that an interrupted run gets to end
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ def runs_of(experiment: Experiment, output_dir: Path) -> list[Run]:
     ]
 
 
+def check(runs: Iterable[Run], data: str | None, minutes: float | None) -> None:
+    """Plan all runs.
+
+    Raises:
+        ConfigError: If a setting of any is wrong.
+    """
+    for run in runs:
+        run.experiment.jobs(run.arm, run.seed, run.folder, data, minutes)
+
+
 def execute(runs: Iterable[Run], output_dir: Path, workers: int, data: str | None, minutes: float | None) -> None:
     """Do all runs that are not done; the same call after an interruption goes on.
 
@@ -60,12 +71,12 @@ def execute(runs: Iterable[Run], output_dir: Path, workers: int, data: str | Non
         minutes: Scales the recipe's steps and images; None leaves them.
 
     Raises:
-        ConfigError: If a setting is wrong; before anything starts.
         InputError: If a run fails, with the end of its log. Others that have begun are ended; nothing is lost.
     """
+    if threading.current_thread() is threading.main_thread():
+        for name in (signal.SIGTERM, signal.SIGHUP):  # a batch system or a closed terminal: end as by Ctrl-C
+            signal.signal(name, signal.default_int_handler)
     waiting = list(runs)
-    for run in waiting:
-        run.experiment.jobs(run.arm, run.seed, run.folder, data, minutes)
     total, started, active = len(waiting), time.monotonic(), list[_Process]()
     try:
         while waiting or active:
@@ -83,6 +94,8 @@ def execute(runs: Iterable[Run], output_dir: Path, workers: int, data: str | Non
     finally:
         for process in active:
             process.interrupt()
+        for process in active:
+            process.wait()
 
 
 class _Process:
@@ -91,7 +104,7 @@ class _Process:
     def __init__(self, run: Run, output_dir: Path, workers: int, data: str | None, minutes: float | None) -> None:
         self.run, self.log = run, run.folder / LOG_NAME
         run.folder.mkdir(parents=True, exist_ok=True)
-        config = run.folder / "config.yaml"
+        config = run.folder / CONFIG_NAME
         values = run.experiment.values(run.arm, run.seed, data, minutes)
         values = merge({"evaluate": {"feature_cache": str(features_of(output_dir))}}, values)
         config.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -136,5 +149,13 @@ class _Process:
         """End it as Ctrl-C would, so that it keeps its checkpoints."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGINT)
-        self.process.wait()
+
+    def wait(self) -> None:
+        """Wait for its end, but not for ever."""
+        try:
+            self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         self.reader.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,11 +16,11 @@ from pathalign.experiments import page
 from pathalign.experiments.measures import Figure, Place, checks, evaluation, rare_class, reward_ranking
 from pathalign.experiments.recipe import Experiment, load, names
 from pathalign.experiments.results import Figures, as_json, summarize
-from pathalign.experiments.running import execute, runs_of
+from pathalign.experiments.running import check, execute, runs_of
 from pathalign.experiments.subtypes import concepts
 from pathalign.ledger import Ledger
 from pathalign.progress import say
-from pathalign.schema import InputError, library_versions
+from pathalign.schema import InputError, RunRecord, library_versions
 
 ALL = "all"
 MEASURED: dict[str, Callable[[Place], dict[str, Figure]]] = {
@@ -59,7 +60,7 @@ def run(
         InputError: If a run fails. What is done is kept.
     """
     wanted = [name for source in sources for name in (names() if source == ALL else [source])]
-    experiments = [load(source, scale) for source in dict.fromkeys(wanted)]
+    experiments = [_scaled(load(source, scale), scale, minutes) for source in dict.fromkeys(wanted)]
     if seeds is not None:
         experiments = [replace(one, seeds=tuple(dict.fromkeys(seeds))) for one in experiments]
     homeless = [one.name for one in experiments if not (data or (one.settings.get("data") or {}).get("source"))]
@@ -69,10 +70,26 @@ def run(
             ["no real images are named; give `--data DIR_OR_HUB_ID` (`--data phantom` only shows that it runs)."],
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    runs = [runs_of(one, output_dir) for one in experiments]
-    execute([run for some in runs for run in some], output_dir, workers, data, minutes)
-    command = _command(sources, data, seeds, scale, minutes)
-    return {one.name: _finish(one, output_dir, data, command) for one in experiments}
+    runs = {one.name: runs_of(one, output_dir) for one in experiments}
+    check([run for some in runs.values() for run in some], data, minutes)
+    command = _command(sources, data, seeds, scale, minutes, workers)
+    results, failures = {}, []
+    for experiment in experiments:
+        try:
+            execute(runs[experiment.name], output_dir, workers, data, minutes)
+            results[experiment.name] = _finish(experiment, output_dir, data, command)
+        except InputError as error:
+            failures.append(str(error))
+            say(str(error))
+    if failures:
+        raise InputError(f"{len(failures)} of {len(experiments)} experiments failed; the first says: {failures[0]}")
+    return results
+
+
+def _scaled(experiment: Experiment, scale: str, minutes: float | None) -> Experiment:
+    """With a name of its own at another scale: a trial must not take the place of a result."""
+    name = experiment.name + (f"-{scale}" if scale != "cpu" else "") + (f"-{minutes:g}min" if minutes else "")
+    return replace(experiment, name=name)
 
 
 def _finish(experiment: Experiment, output_dir: Path, data: str | None, command: str) -> dict[str, Any]:
@@ -99,38 +116,55 @@ def _finish(experiment: Experiment, output_dir: Path, data: str | None, command:
         "command": command,
         "version": library_versions()["pathalign"],
         "commit": _commit(),
-        "data": data or experiment.settings["data"]["source"],
+        "data": Path(data or experiment.settings["data"]["source"]).name,
         "compute": _compute([place.run_dir for some in places.values() for place in some.values()]),
     }
-    page.write(folder, experiment, summaries, places, origin)
-    result = {**as_json(experiment, figures, summaries), "origin": origin}
+    simulated = _simulated(places)
+    page.write(folder, experiment, summaries, places, origin, simulated)
+    result = {**as_json(experiment, figures, summaries), "simulated": simulated, "origin": origin}
     write_atomically(folder / "results.json", json.dumps(result, indent=2) + "\n")
-    text = page.markdown(experiment, summaries, origin)
+    text = page.markdown(experiment, summaries, origin, simulated)
     write_atomically(folder / "results.md", text)
     say(f"{experiment.name}: {folder / 'index.html'}")
     return {**result, "table": text, "page": str(folder / "index.html")}
 
 
 def _command(
-    sources: Sequence[str], data: str | None, seeds: Sequence[int] | None, scale: str, minutes: float | None
+    sources: Sequence[str],
+    data: str | None,
+    seeds: Sequence[int] | None,
+    scale: str,
+    minutes: float | None,
+    workers: int,
 ) -> str:
-    words = ["pathalign experiment", *sources]
+    """What to type for the same; folders of this machine are left out."""
+    words = ["pathalign", "experiment", *(Path(source).name for source in sources)]
     options = {
-        "--data": data,
+        "--data": "DIR" if data and Path(data).is_dir() else data,
         "--seeds": ",".join(map(str, seeds)) if seeds is not None else None,
         "--scale": scale if scale != "cpu" else None,
-        "--minutes": minutes,
+        "--minutes": f"{minutes:g}" if minutes else None,
+        "--workers": str(workers) if workers > 1 else None,
     }
-    return " ".join([*words, *(f"{name} {value}" for name, value in options.items() if value is not None)])
+    return shlex.join([*words, *(word for name, value in options.items() if value for word in (name, value))])
 
 
 def _commit() -> str:
-    """Commit of the checkout that this is run from; a mark where it is none, or has changes."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty", "--exclude=*"]
+    """Commit of pathalign's own checkout; a mark where this is none, or has changes."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return "unknown (no checkout)"
+    command = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=10", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown (no checkout)"
+        return "unknown (no git)"
+
+
+def _simulated(places: dict[str, dict[int, Place]]) -> bool:
+    """Whether any run learned from simulated grades."""
+    folders = {place.run_dir for some in places.values() for place in some.values()}
+    return any(RunRecord.load(folder / "feedback").metrics["simulated"] for folder in folders)
 
 
 def _compute(run_dirs: Sequence[Path]) -> str:

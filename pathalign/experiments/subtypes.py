@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from pathalign.artefacts import fingerprint, write_atomically
 from pathalign.augment import ORIENTATIONS, orient, random_exposure, random_orientations, random_shifts
 from pathalign.evaluate import alignment
 from pathalign.experiments.measures import CONFIDENCE, Figure, Place, evaluation, last_round
@@ -33,7 +35,7 @@ CHANNELS = (24, 48, 96, 192)
 JUDGE_STEPS = 800
 SUBTYPE_BATCH = 16  # images of each subtype, and of all classes, in a step
 LEARNING_RATE = 2e-3
-FIRST_SEED = 900_000  # of images that nothing else has drawn
+FIRST_SEED = 900_000  # of these images; candidates come as far in the ninth round only
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,10 @@ def fit_judge(data: Path, split: Split, seed: int, place: Path) -> SubtypeJudge:
         torch.manual_seed(seed)
         judge = SubtypeJudge(len(split.names), len(values))
         if place.is_file():
-            judge.load_state_dict(torch.load(place, weights_only=True))
+            judge.load_state_dict(load_file(place))
             return judge.eval()
         _train(judge, split, seen, values, seed)
-    with place.with_suffix(".partial").open("wb") as file:
-        torch.save(judge.state_dict(), file)
-    place.with_suffix(".partial").replace(place)
+    write_atomically(place, save({name: tensor.contiguous() for name, tensor in judge.state_dict().items()}))
     return judge.eval()
 
 
@@ -141,7 +141,9 @@ def concepts(place: Place) -> dict[str, Figure]:
         return found
     record = RunRecord.load(last_round(place.run_dir, "adapter"))
     split = Split(tuple(subtype_rule(text) for text in record.config["subtypes"]))
-    judge = fit_judge(place.run_dir / "data", split, record.config["seed"], place.run_dir / "subtype_judge.pt")
+    data, seed = place.run_dir / "data", record.config["seed"]
+    made_from = fingerprint([fingerprint(data), record.config["subtypes"], seed, JUDGE_STEPS])
+    judge = fit_judge(data, split, seed, place.run_dir / f"subtype_judge-{made_from}.safetensors")
     names = [entry["name"] for entry in record.metrics["concepts"]]
     subtypes = [entry["subtype"] for entry in record.metrics["concepts"]]
     images = _drawn(place, names)
@@ -149,8 +151,9 @@ def concepts(place: Place) -> dict[str, Figure]:
     right = judge.shares(images.images).argmax(1) == wanted
     found["subtype_right"] = _share(right)
     for index, name in enumerate(split.names):
-        found[f"subtype_right of {name}"] = _share(right[wanted == index])
-    unseen = halves(ImageSet.load(place.run_dir / "data", "test"))[1]
+        if (wanted == index).any():  # a subtype with too few marks made no class
+            found[f"subtype_right of {name}"] = _share(right[wanted == index])
+    unseen = halves(ImageSet.load(data, "test"))[1]
     ids = split.ids(unseen)
     shares = judge.shares(unseen.select(ids >= 0).images)
     ids = ids[ids >= 0]
@@ -168,12 +171,13 @@ def concepts(place: Place) -> dict[str, Figure]:
 
 def _drawn(place: Place, names: list[str]) -> ImageSet:
     """Images of the new classes, made once."""
-    folder = place.run_dir / "samples_concepts"
+    sampling, adapter = RunRecord.load(place.run_dir / "samples_after").config, last_round(place.run_dir, "adapter")
+    made_from = fingerprint([fingerprint(adapter), names, place.experiment.options, sampling["inference_steps"]])
+    folder = place.run_dir / f"samples_concepts-{made_from}"
     if not folder.is_dir():
-        sampling = RunRecord.load(place.run_dir / "samples_after").config
         config = GenerateConfig(
             model=str(place.run_dir / "base"),
-            adapter=str(last_round(place.run_dir, "adapter")),
+            adapter=str(adapter),
             classes=names,
             images_per_class=int(place.experiment.options["images"]),
             inference_steps=sampling["inference_steps"],

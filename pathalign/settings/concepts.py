@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pathalign.config import DATASET, option
+from pathalign.config import BACKBONE, DATASET, option
 from pathalign.settings.adapter import AdapterConfig
 from pathalign.settings.subtypes import RULE_HELP, rule_problems
 
@@ -42,6 +42,7 @@ class ConceptsConfig(AdapterConfig):
         "efficientnet-lite0",
         "Whose features the marks are learned on: `efficientnet-lite0`, or a transformers backbone by folder or Hub "
         "id. The judge of the result must have another.",
+        holds=BACKBONE,
     )
     images_per_class: int = option(
         200, "Images of each split class that the base model draws, to be marked by what was learned.", minimum=0
