@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from PIL import Image
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 from test_loop import TINY, write_config
 
 from pathalign.cli import main
@@ -22,7 +25,10 @@ from pathalign.config import ConfigError
 from pathalign.experiments import measures, page, recipe, study
 from pathalign.experiments.measures import Figure
 from pathalign.experiments.results import over_seeds, summarize
+from pathalign.grading.simulated import SimulatedGrader
+from pathalign.images import ImageSet
 from pathalign.ledger import Ledger
+from pathalign.reward import RewardModel
 from pathalign.schema import InputError
 from pathalign.workflow import plan
 
@@ -213,9 +219,30 @@ def test_a_study_runs_is_interrupted_goes_on_and_reports(tmp_path):
     assert (folder / "results.md").read_text().startswith("## Epochs")
     assert {path.name for path in (folder / "figures").iterdir()} == {"arms.png", "arms.svg"}
 
+    check_measures(recipe.load(str(study)), runs / "main" / "seed-0")
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and json.loads(again.stdout)["experiments"]["epochs"]["arms"] == result["arms"]
     assert Ledger(runs / "short" / "seed-0").steps == ledgers["short"]
+
+
+def check_measures(experiment: recipe.Experiment, run_dir: Path) -> None:
+    """Measures that look at a run again, against the package's own public ways to ask the same."""
+    place = measures.Place(experiment, experiment.arms[0], run_dir, run_dir)
+    images = ImageSet.load(run_dir / "samples_before")
+    pictures = [Image.fromarray(image) for image in images.images.permute(0, 2, 3, 1).numpy()]
+    scores = [row["score"] for row in RewardModel.from_pretrained(run_dir / "reward").score(pictures, images.labels())]
+    verdicts = SimulatedGrader.load(run_dir / "grader").judge_set(images).plausible
+    if len(set(verdicts.tolist())) == 2:
+        ranked = measures.reward_ranking(place)["roc_auc_by_grader"]
+        assert ranked.value == pytest.approx(roc_auc_score(verdicts, scores)) and ranked.n == len(images)
+    for name, added in (("after", 4), ("real", 0)):
+        options = {"class": "lymphocyte", "added": 4}
+        arm = replace(experiment.arms[0], set=name)
+        found = measures.rare_class(replace(place, experiment=replace(experiment, options=options), arm=arm))
+        assert found["added"].value == added and found["real_of_class"].value == 8
+        assert found["class_recall"].n == (ImageSet.load(run_dir / "data", "test").class_ids == 1).sum()
+    with pytest.raises(InputError, match="has 8 images of lymphocyte, not 9"):
+        measures.rare_class(replace(place, experiment=replace(experiment, options={"class": "lymphocyte", "added": 9})))
 
 
 def still_running() -> list[str]:

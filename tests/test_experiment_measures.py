@@ -1,0 +1,67 @@
+"""What experiments measure beside evaluations: the subtype judge, checks of a training, how a reward ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pathalign.experiments import recipe, subtypes
+from pathalign.experiments.measures import Place, checks
+from pathalign.images import ImageSet
+from pathalign.schema import RunRecord
+from pathalign.settings.subtypes import subtype_rule
+
+RULES = ["cell:shape:pale=round", "cell:shape:dark=lobed+band"]
+
+
+def cells(count: int, seed: int) -> ImageSet:
+    """Cells whose shape shows in their brightness, and others whose does not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    dark = torch.arange(count) % 2
+    noise = torch.randint(-20, 21, (count, 3, 32, 32), generator=generator)
+    images = (200 - 120 * dark[:, None, None, None] + noise).clamp(0, 255).to(torch.uint8)
+    class_ids = (torch.arange(count) % 5 == 4).long()
+    shapes = ["round" if not one else ("lobed", "band")[row % 3 == 0] for row, one in enumerate(dark.tolist())]
+    return ImageSet.build(images, class_ids, ("cell", "other"), {"shape": shapes})
+
+
+def test_the_subtype_judge_learns_from_other_images_than_those_that_measure_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(subtypes, "JUDGE_STEPS", 25)
+    for name, seed in (("judge", 1), ("judge_validation", 2), ("test", 3)):
+        cells(60, seed).save(tmp_path / "data", name)
+    split = subtypes.Split(tuple(map(subtype_rule, RULES)))
+    assert (split.parent, split.attribute, split.names) == ("cell", "shape", ["pale", "dark"])
+    learned, unseen = subtypes.halves(ImageSet.load(tmp_path / "data", "test"))
+    assert not set(learned.image_ids) & set(unseen.image_ids) and len(learned) == len(unseen) == 30
+    ids = split.ids(unseen)
+    assert (ids == -1).sum() == (unseen.class_ids == 1).sum() > 0
+    place = tmp_path / "judge.safetensors"
+    judge = subtypes.fit_judge(tmp_path / "data", split, 0, place)
+    shares = judge.shares(unseen.images)
+    assert (shares.argmax(1) == ids)[ids >= 0].float().mean() > 0.9
+    again = subtypes.fit_judge(tmp_path / "data", split, 0, place)
+    assert torch.equal(again.shares(unseen.images), shares)
+
+
+def test_checks_of_a_training_compare_its_end_with_what_was_kept(tmp_path: Path):
+    rows = [
+        {"epoch": 0, "judge_share": 0.4, "reward": 0.5},
+        {"epoch": 2, "judge_share": 0.7, "reward": 0.7},
+        {"epoch": 4, "judge_share": 0.3, "reward": 0.9},
+    ]
+    run_dir = tmp_path / "seed-0"
+    (run_dir / "adapter").mkdir(parents=True)
+    (run_dir / "config.yaml").write_text("seed: 0")
+    record = RunRecord(stage="align", config={}, metrics={"checks": rows, "kept_epoch": 2, "n_check_images": 200})
+    record.save(run_dir / "adapter")
+    experiment = recipe.load("over-optimization")
+    found = checks(Place(experiment, experiment.arms[0], run_dir, run_dir))
+    assert set(experiment.show) <= set(found)
+    values = {name: figure.value for name, figure in found.items()}
+    assert values["judge_kept"] == 0.7 and values["judge_last"] == 0.3
+    assert values["judge_last_less_kept"] == pytest.approx(-0.4)
+    assert (values["reward_first"], values["reward_last"], values["kept_epoch"]) == (0.5, 0.9, 2)
+    assert json.dumps(values)
