@@ -146,12 +146,17 @@ def _measure_memorization(config: EvaluateConfig, subjects: Subjects, compared: 
         if name == "after":
             quality.closest.extend(nearest.closest(CLOSEST_PAIRS))
         authentic = auditing.authentic(compared.train, features)
-        closeness = memorization.closeness(train, held_out, features[others] if name == "real" else features)
-        rng = np.random.default_rng(config.seed)
+        closeness = memorization.closeness(
+            train,
+            held_out,
+            features[others] if name == "real" else features,
+            compared.train_classes[train_rows],
+            compared.test_classes[held_out_rows],
+        )
         quality.figures[name] |= {
             **alignment.share(nearest.no_near_copy, config.confidence, "no_near_copy"),
             **alignment.share(authentic, config.confidence, "authenticity"),
-            **closeness.metrics(config.confidence, config.bootstrap_samples, rng),
+            **closeness.metrics(config.confidence),
             "n_memorization": len(closeness.rows),
         }
         quality.outcomes[name] |= {
