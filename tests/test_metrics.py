@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -227,6 +228,13 @@ def test_images_as_near_to_one_as_to_the_other_say_nothing_about_memorization():
     found = closeness_of(points, points, points).metrics(0.95)
     assert found["nearer_to_train"] == 0.5 and found["nearer_to_train_p"] == 1
     assert found["train_distance_ratio"] == 1
+
+
+def test_images_that_coincide_with_held_out_ones_have_no_ratio_and_still_fit_into_json():
+    held_out = normal(28, 30, 3)
+    found = closeness_of(normal(29, 30, 3), held_out, held_out[:20]).metrics(0.95)
+    assert found["train_distance_ratio"] is None and found["nearer_to_train"] == 0
+    json.dumps(found, allow_nan=False)
 
 
 def test_as_many_held_out_as_training_images_are_compared_in_each_class_and_the_rest_is_the_floor():

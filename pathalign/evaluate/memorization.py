@@ -140,16 +140,20 @@ class Closeness:
 
         Of a generator that memorizes nothing half of the images are nearer to a training image, and the ratio is 1.
         Images at equal distance to both count half. Interval and two-sided p are those of a normal distribution with
-        `null_deviation`; the interval is cut off at 0 and 1. The median has no interval: its images are not independent
-        either.
+        `null_deviation`; the interval is cut off at 0 and 1. The median has no interval, since its images are not
+        independent either; it is None where most images coincide with held-out ones, which makes their ratios infinite.
         """
-        share, deviation = float(self.nearer_to_train.mean()), self.null_deviation()
+        share, deviation, ratio = (
+            float(self.nearer_to_train.mean()),
+            self.null_deviation(),
+            float(np.median(self.ratios)),
+        )
         reach = float(norm.ppf((1 + confidence) / 2)) * deviation
         return {
             "nearer_to_train": share,
             "nearer_to_train_ci": [max(0.0, share - reach), min(1.0, share + reach)],
             "nearer_to_train_p": float(2 * norm.sf(abs(share - 0.5) / deviation)) if deviation else 1.0,
-            "train_distance_ratio": float(np.median(self.ratios)),
+            "train_distance_ratio": ratio if np.isfinite(ratio) else None,
         }
 
     def closest(self, count: int) -> list[dict[str, Any]]:

@@ -262,7 +262,8 @@ class Memorization(FeatureMetric):
 
 Returns:
     nearer_to_train, nearer_to_train_ci, nearer_to_train_p: Share, interval and two-sided p against 1/2, which is best.
-    train_distance_ratio: Median of distance to training over distance to held-out images.
+    train_distance_ratio: Median of distance to training over distance to held-out images; null where it is infinite,
+        since most generated images coincide with held-out ones.
     n_train: Training images compared, and as many held-out ones.
     closest: Rows among the generated and the training images in the order they were added, with both distances.
     per_class: Share, interval, test and ratio of the generated images of each class.
