@@ -445,6 +445,12 @@ def test_what_got_worse_lists_every_loss_and_marks_the_clear_ones():
     }
 
 
+@pytest.mark.parametrize(("old", "new", "worse"), [(0.5, 0.6, True), (0.3, 0.45, False), (0.7, 0.45, False)])
+def test_a_share_nearer_to_training_is_worse_the_farther_it_is_from_half(old, new, worse):
+    before, after = ({"nearer_to_train": share, "per_class": {}, "per_criterion": {}} for share in (old, new))
+    assert bool(alignment.what_got_worse(before, after, {})) == worse
+
+
 def test_the_figures_of_the_reward_model_are_those_that_the_reward_stage_wrote(tmp_path):
     rewards, plausible = np.array([0.9, 0.2, 0.7, 0.4]), np.array([1.0, 0.0, 0.0, 1.0])
     report = evaluation(rewards, plausible, np.array([0, 0, 1, 1]), ["a", "b"], seed=0)

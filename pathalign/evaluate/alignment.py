@@ -219,14 +219,15 @@ HIGHER_IS_BETTER = {  # authenticity is not among them: it falls as images come 
     "utility_accuracy": "usefulness",
     "augment_accuracy": "usefulness beside real images",
 }
-LOWER_IS_BETTER = {"nearer_to_train": "share nearer to training than to held-out images", "kid": "KID", "fid": "FID"}
+LOWER_IS_BETTER = {"kid": "KID", "fid": "FID"}
+HALF_IS_BEST = {"nearer_to_train": "share nearer to training than to held-out images (50 % is best)"}
 DISTANCES = ("KID", "FID")
 
 
 def title_of(name: str) -> str:
     """What readers call a figure of `Quality.outcomes`, as in the table of what got worse."""
     key, of, label = name.partition(" of ")
-    titles = {**HIGHER_IS_BETTER, **LOWER_IS_BETTER, "utility_recall": "usefulness"}
+    titles = {**HIGHER_IS_BETTER, **LOWER_IS_BETTER, **HALF_IS_BEST, "utility_recall": "usefulness"}
     return titles.get(key, key) + of + label
 
 
@@ -244,21 +245,24 @@ def what_got_worse(
         Rows of `name`, `before`, `after`, `difference`, `interval` (or None) and `notable`: the interval excludes 0, or
         where there is none, the loss is more than 5 points (5 % of the former value for distances).
     """
-    pairs = [(label, before.get(key), after.get(key), 1) for key, label in HIGHER_IS_BETTER.items()]
-    pairs += [(label, before.get(key), after.get(key), -1) for key, label in LOWER_IS_BETTER.items()]
-    for group, key, text, sign in (
-        ("per_class", "plausible_share", "plausible share of", 1),
-        ("per_class", "utility_recall", "usefulness of", 1),
-        ("per_criterion", "failed_share", "share failing", -1),
+    pairs = [
+        (label, before.get(key), after.get(key), badness)
+        for titles, badness in ((HIGHER_IS_BETTER, _too_low), (LOWER_IS_BETTER, float), (HALF_IS_BEST, _off_half))
+        for key, label in titles.items()
+    ]
+    for group, key, text, badness in (
+        ("per_class", "plausible_share", "plausible share of", _too_low),
+        ("per_class", "utility_recall", "usefulness of", _too_low),
+        ("per_criterion", "failed_share", "share failing", float),
     ):
         pairs += [
-            (f"{text} {name}", entry.get(key), after[group][name].get(key), sign)
+            (f"{text} {name}", entry.get(key), after[group][name].get(key), badness)
             for name, entry in before[group].items()
             if name in after[group]
         ]
     rows = []
-    for label, old, new, sign in pairs:
-        if old is None or new is None or sign * (new - old) >= 0:
+    for label, old, new, badness in pairs:
+        if old is None or new is None or badness(new) <= badness(old):
             continue
         interval = intervals.get(label)
         limit = NOTABLE_FALL * (abs(old) if label in DISTANCES else 1)
@@ -274,3 +278,11 @@ def what_got_worse(
             }
         )
     return sorted(rows, key=lambda row: (not row["notable"], -abs(row["difference"])))
+
+
+def _too_low(value: float) -> float:
+    return -value
+
+
+def _off_half(value: float) -> float:
+    return abs(value - 0.5)

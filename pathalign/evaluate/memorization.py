@@ -143,11 +143,8 @@ class Closeness:
         `null_deviation`; the interval is cut off at 0 and 1. The median has no interval, since its images are not
         independent either; it is None where most images coincide with held-out ones, which makes their ratios infinite.
         """
-        share, deviation, ratio = (
-            float(self.nearer_to_train.mean()),
-            self.null_deviation(),
-            float(np.median(self.ratios)),
-        )
+        share, deviation = float(self.nearer_to_train.mean()), self.null_deviation()
+        ratio = float(np.median(self.ratios))
         reach = float(norm.ppf((1 + confidence) / 2)) * deviation
         return {
             "nearer_to_train": share,

@@ -120,7 +120,7 @@ def _distances(
     if pca is not None:
         reference, features = pca.transform(reference), pca.transform(features)
     values["fid"] = fidelity.frechet_distance(reference, features)
-    return {**values, "n_fidelity": count, "fid_dimensions": reference.shape[1]}
+    return {**values, "n_fidelity": count, "fid_dimensions": reference.shape[1], "fid_reduced": pca is not None}
 
 
 def _class_distances(config: EvaluateConfig, reference: np.ndarray, features: np.ndarray) -> dict[str, Any]:
@@ -186,6 +186,7 @@ def _measure_usefulness(config: EvaluateConfig, subjects: Subjects, compared: _C
         quality.figures[name] |= {
             **alignment.share(correct, config.confidence, "utility_accuracy"),
             "n_utility": len(rows),
+            "n_utility_test": len(test[1]),
             **alignment.share(augmented, config.confidence, "augment_accuracy"),
             "augment_gain": gain,
             "augment_gain_ci": interval,
