@@ -106,7 +106,33 @@ def example_metrics() -> dict[str, Any]:
         "gap_closed_ci": [0.3, 0.7],
         "reward_hacking": False,
         "worse": [
-            {"name": "recall", "before": 0.8, "after": 0.7, "difference": -0.1, "interval": None, "notable": True},
+            {
+                "name": "recall",
+                "before": 0.8,
+                "after": 0.7,
+                "difference": -0.1,
+                "interval": [-0.2, -0.05],
+                "verdict": "open",
+                "notable": False,
+            },
+            {
+                "name": "KID",
+                "before": 0.1,
+                "after": 0.7,
+                "difference": 0.6,
+                "interval": None,
+                "verdict": "no interval",
+                "notable": False,
+            },
+            {
+                "name": "precision",
+                "before": 0.8,
+                "after": 0.7,
+                "difference": -0.1,
+                "interval": [-0.2, -0.05],
+                "verdict": "clear",
+                "notable": True,
+            },
         ],
         "criterion_skill": {"nucleus": {"n": 40, "n_failed": 12, "roc_auc": 0.84}},
         "confidence": 0.95,
@@ -226,6 +252,8 @@ def test_every_figure_is_shown_with_its_interval_and_number_of_images(rendered):
     ):
         assert expected in text
     assert outline.text.count("not measured") == 2  # what the judge says of a criterion that only the reward model has
+    assert "-0.100 -0.200 to -0.050 may be chance or not: the interval takes the images as given" in text
+    assert "+0.600 no interval" in text
     assert "▼ clear" in text and "✗ near-copy" in text and "✓ no near-copy" in text and "fails nucleus" in text
     assert text.count(DISCLAIMER) == 2 and "phantom" not in text
 

@@ -17,6 +17,13 @@ from pathalign.evaluate.page import (
     points,
 )
 
+VERDICTS = {
+    "clear": "▼ clear",
+    "chance": "may be chance",
+    "open": "may be chance or not: the interval takes the images as given",
+    "no interval": "no interval",
+}
+
 
 def worse(metrics: dict[str, Any]) -> Table:
     """Every figure that is worse after than before."""
@@ -27,15 +34,16 @@ def worse(metrics: dict[str, Any]) -> Table:
                 Cell(number(row["before"])),
                 Cell(number(row["after"])),
                 Cell(f"{row['difference']:+.3f}", interval_text(row["interval"])),
-                Cell("▼ clear" if row["notable"] else "may be chance"),
+                Cell(VERDICTS[row["verdict"]]),
             ),
         )
         for row in metrics["worse"]
     ]
     level = percent(metrics["confidence"], 0)
     caption = (
-        f"Every figure that is worse after than before. “Clear”: the paired {level} interval excludes "
-        "0, or, where there is none, the loss exceeds 5 points (5 % for distances). The rest may be chance."
+        f"Every figure that is worse after than before. “Clear”: the paired {level} interval excludes 0. An interval "
+        "that takes the images as given is too narrow to say so; without an interval, look how far apart the sets are "
+        "in the table of all metrics."
     )
     return Table(caption, ("Figure", "Before", "After", "Change", "Verdict"), rows, text_columns=(4,))
 
