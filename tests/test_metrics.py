@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -354,6 +355,55 @@ def test_a_table_that_cannot_be_measured_is_refused_with_what_to_give(tmp_path):
     few = package.NeighbourhoodMetrics(cache_dir=str(tmp_path))
     with pytest.raises(InputError, match="`neighbours` = 5 needs 6 images, 'real' has 2"):
         few.compute(features=np.zeros((4, 2)), source=["real", "generated"] * 2)
+
+
+def test_a_metric_refuses_names_and_options_that_cannot_be_meant_and_keeps_its_rows(tmp_path):
+    given = table(30, ("real", "generated"))
+    metric = package.NeighbourhoodMetrics(cache_dir=str(tmp_path))
+    metric.add_batch(**given)
+    known = "takes `features`, `source`, `class_label`"
+    for name in ("neighbors", "predictions"):
+        with pytest.raises(InputError, match=f"neighbourhood_metrics knows no `{name}`; it {known}, `neighbours`"):
+            metric.compute(**{name: 3})
+    for add in (metric.add_batch, metric.add):
+        with pytest.raises(InputError, match=f"knows no `labels`; it {known}"):
+            add(**given, labels=["a"])
+    with pytest.raises(InputError, match="`neighbours` is 0; give a whole number, at least 1"):
+        metric.compute(neighbours=0)
+    assert metric.compute() == package.NeighbourhoodMetrics(cache_dir=str(tmp_path)).compute(**given)
+    kid, audit = package.KernelDistance(cache_dir=str(tmp_path)), package.AuditMetrics(cache_dir=str(tmp_path))
+    share = package.PlausibleShare(cache_dir=str(tmp_path))
+    for other, option, value in (
+        (kid, "subsets", 0),
+        (kid, "subset_size", 1),
+        (kid, "seed", -1),
+        (audit, "levels", 1),
+        (audit, "neighbours", 2.5),
+        (audit, "confidence", 95),
+        (share, "bootstrap_samples", 0),
+    ):
+        with pytest.raises(InputError, match=f"`{option}` is {value}"):
+            other.compute(**{option: value})
+    with pytest.raises(InputError, match="plausible_share knows no `verdict`; it takes `plausible`"):
+        share.add(plausible=True, verdict=False)
+
+
+def test_arrays_are_taken_as_lists_are_and_a_missing_class_is_no_class_called_none(tmp_path):
+    given = table(31, ("real", "generated"))
+    arrays = {name: np.asarray(values) for name, values in given.items()}
+    make = partial(package.NeighbourhoodMetrics, cache_dir=str(tmp_path))
+    assert make().compute(**arrays) == make().compute(**given)
+    assert make().compute(**{**given, "class_label": [None] * 120})["per_class"] == {}
+    share = package.PlausibleShare(cache_dir=str(tmp_path))
+    assert share.compute(plausible=np.array([True, False]), class_label=["a", None])["per_class"] == {}
+
+
+def test_a_gain_is_that_of_the_images_that_have_a_verdict_before(tmp_path):
+    metric = package.PlausibleShare(cache_dir=str(tmp_path))
+    before = [False, False, True, True, None, None]
+    found = metric.compute(plausible=[True] * 5 + [False], before=before, class_label=list("aaaaab"))
+    assert (found["n"], found["n_pairs"], found["plausible_gain"]) == (6, 4, 0.5)
+    assert found["per_class"]["b"]["plausible_gain"] is None and found["per_class"]["b"]["n_pairs"] == 0
 
 
 def test_features_that_were_made_before_an_interruption_are_not_made_again(tmp_path, monkeypatch):

@@ -45,8 +45,8 @@ Returns:
     per_class: The same within each class.
 """
 
-    def measure(self, rows: dict[str, Rows], neighbours: int = 5, **_: Any) -> dict[str, Any]:
-        """See the base class."""
+    def measure(self, rows: dict[str, Rows], neighbours: int = 5) -> dict[str, Any]:
+        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         real, generated = rows["real"], rows["generated"]
         _need(self, rows, neighbours + 1, f"`neighbours` = {neighbours}")
         return {
@@ -90,9 +90,8 @@ Returns:
         neighbours: int = 5,
         levels: int = auditing.LEVELS,
         confidence: float = CONFIDENCE,
-        **_: Any,
     ) -> dict[str, Any]:
-        """See the base class."""
+        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         _need(self, rows, neighbours + 1, f"`neighbours` = {neighbours}")
 
         def figures(own: dict[str, np.ndarray]) -> tuple[dict[str, Any], auditing.Supports]:
@@ -131,9 +130,9 @@ Returns:
 """
 
     def measure(
-        self, rows: dict[str, Rows], subsets: int = 100, subset_size: int = 1000, seed: int = 0, **_: Any
+        self, rows: dict[str, Rows], subsets: int = 100, subset_size: int = 1000, seed: int = 0
     ) -> dict[str, Any]:
-        """See the base class."""
+        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         real, generated = rows["real"].features, rows["generated"].features
         _need(self, rows, 4, "a subset")
         mean, deviation = fidelity.kernel_distance(real, generated, np.random.default_rng(seed), subsets, subset_size)
@@ -166,8 +165,8 @@ Returns:
     per_class: fid within each class of at least twice as many images as dimensions.
 """
 
-    def measure(self, rows: dict[str, Rows], seed: int = 0, **_: Any) -> dict[str, Any]:
-        """See the base class."""
+    def measure(self, rows: dict[str, Rows], seed: int = 0) -> dict[str, Any]:
+        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         real, generated = rows["real"].features, rows["generated"].features
         _need(self, rows, 4, "a covariance")
         half = len(real) // 2
@@ -212,9 +211,8 @@ Returns:
         confidence: float = CONFIDENCE,
         bootstrap_samples: int = BOOTSTRAP_SAMPLES,
         seed: int = 0,
-        **_: Any,
     ) -> dict[str, Any]:
-        """See the base class."""
+        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         test, generated, train = rows["real"], rows["generated"], rows["train"]
         labels = [part.labels for part in (test, generated, train)]
         if any(found is None or len(set(found)) < 2 for found in labels):
@@ -275,9 +273,8 @@ Returns:
         pairs: int = 8,
         confidence: float = CONFIDENCE,
         seed: int = 0,
-        **_: Any,
     ) -> dict[str, Any]:
-        """See the base class."""
+        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         train, held_out, generated = rows["train"], rows["real"], rows["generated"]
         train_rows, held_out_rows = equal_rows(train, held_out, np.random.default_rng(seed))
         if not len(train_rows):
