@@ -429,7 +429,22 @@ def test_features_that_were_made_before_an_interruption_are_not_made_again(tmp_p
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert isinstance(found, np.memmap) and not found.flags.writeable
     assert sum(seen) == 80 + 4 + 2  # what was lost: the batch that failed, and the one after the last save
-    assert [path.suffix for path in Path(tmp_path).iterdir()] == [".npy"]
+    assert {path.suffix for path in Path(tmp_path).iterdir()} - {".lock"} == {".npy"}  # some filelocks leave theirs
+
+
+def test_features_of_an_encoder_of_the_same_name_with_other_weights_are_made_anew(tmp_path):
+    pixels = torch.randint(0, 256, (5, 3, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    def features_with(weight: float) -> np.ndarray:
+        encoder = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 2))
+        nn.init.constant_(encoder[2].weight, weight)
+        nn.init.constant_(encoder[2].bias, 0)
+        return features.FeatureStore(encoder, "retrained", tmp_path, torch.device("cpu")).features(pixels, "cells")
+
+    np.testing.assert_allclose(features_with(2.0), 2 * features_with(1.0), rtol=1e-6)
+    assert len(list(Path(tmp_path).glob("*.npy"))) == 2
+    features_with(1.0)
+    assert len(list(Path(tmp_path).glob("*.npy"))) == 2
 
 
 def test_a_card_calls_the_figures_of_older_reports_by_what_they_measure():
