@@ -21,7 +21,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 import pathalign.evaluate as package
 from pathalign.augment import orient
-from pathalign.cards.measures import by_present_names, image_measures
+from pathalign.cards.measures import by_present_names, image_measures, losses
 from pathalign.evaluate import auditing, features, fidelity, memorization, neighbours
 from pathalign.evaluate.neighbours import Neighbours, radii, tiles
 from pathalign.schema import InputError
@@ -453,3 +453,7 @@ def test_a_card_calls_the_figures_of_older_reports_by_what_they_measure():
     assert (measure.key, measure.interval, measure.n) == ("no_near_copy", (0.99, 1.0), 500)
     newer = {"n": 500, "authenticity": 0.4, "no_near_copy": 0.99}
     assert by_present_names(newer) == newer
+    worse = [{"name": "authenticity", "before": 1.0, "after": 0.9}, {"name": "recall", "before": 0.6, "after": 0.5}]
+    report = {"metrics": {"after": older, "control": None}, "worse": worse}
+    assert [row["name"] for row in losses(report)] == ["share without near-copies", "recall"]
+    assert losses({**report, "metrics": {"after": newer}}) == worse and losses({}) is None
