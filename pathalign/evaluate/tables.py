@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pathalign.evaluate.explained import LEAST_OF_A_KIND
 from pathalign.evaluate.figures import CURVES, SET_TITLES
 from pathalign.evaluate.page import (
     NOT_MEASURED,
@@ -134,7 +135,8 @@ def skill(metrics: dict[str, Any]) -> Table | None:
     ]
     caption = (
         "The rewards of the criteria on held-out grades. ROC AUC: of an image that met the criterion and one that "
-        "failed it, how often the first has the higher reward; 0.5 is a coin, 1 always."
+        "failed it, how often the first has the higher reward; 0.5 is a coin, 1 always. Not measured where fewer than "
+        f"{LEAST_OF_A_KIND} images failed it, or met it."
     )
     return Table(caption, ("Criterion", "ROC AUC", "Failed", "Graded"), rows)
 
@@ -157,9 +159,11 @@ def _grouped(metrics: dict[str, Any], group: str, key: str, heading: str, text: 
 
 def reward_model(metrics: dict[str, Any]) -> Table | None:
     """What the reward stage measured on held-out grades; None if there is nothing."""
-    measured = {name: value for name, value in sorted(metrics["reward"].items()) if isinstance(value, int | float)}
-    rows = [TableRow(name, [measured_cell(measured, name, count=None)]) for name in measured]
-    return Table("The reward model on held-out grades.", ("Figure", "Value"), rows) if rows else None
+    measured = metrics["reward"]
+    names = sorted(name for name, value in measured.items() if isinstance(value, int | float))
+    rows = [TableRow(name, [measured_cell(measured, name, f"{name}_ci", count=None)]) for name in names]
+    caption = "The reward model on held-out grades, with the 95 % interval of ROC AUC."
+    return Table(caption, ("Figure", "Value"), rows) if rows else None
 
 
 def checks(training: dict[str, Any]) -> Table:
