@@ -39,6 +39,7 @@ REPORT = {
     "worse": [
         {"name": "recall", "before": 0.61, "after": 0.57, "notable": True},
         {"name": "density", "before": 0.8, "after": 0.79, "notable": False},
+        {"name": "FID", "before": 2.0, "after": 3.0, "notable": True, "interval": None},  # of an older report
     ],
 }
 
@@ -122,7 +123,10 @@ def test_measures_by_a_simulated_judge_or_on_a_phantom_say_so(record):
 
 def test_what_got_worse_is_listed_and_said_to_be_not_measured_without_a_report(record):
     card = render("lora_adapter", record, REPORT, grading=SIMULATED, base_model="someone/cells")
-    assert "- recall: 0.61 to 0.57\n- density: 0.8 to 0.79, which may be chance\n" in card
+    assert (
+        "- recall: 0.61 to 0.57\n- density: 0.8 to 0.79, which may be chance\n- FID: 2 to 3, which has no interval\n"
+        in card
+    )
     without_report = render("lora_adapter", record, grading=SIMULATED, base_model="someone/cells")
     assert "What got worse, the gravest first:\nnot measured." in without_report
 

@@ -435,14 +435,22 @@ def test_what_got_worse_lists_every_loss_and_marks_the_clear_ones():
     after = before | {"recall": 0.44, "coverage": 0.46, "precision": 0.9, "fid": 3.0, "grader_share": None}
     after |= {"per_class": {"a": {"plausible_share": 0.7}}, "per_criterion": {"nucleus": {"failed_share": 0.2}}}
     intervals = {"plausible share of a": [-0.15, -0.05], "share failing nucleus": [-0.01, 0.21]}
-    found = {row["name"]: row["notable"] for row in alignment.what_got_worse(before, after, intervals)}
+    intervals |= {"recall": [-0.1, -0.02], "coverage": [-0.1, 0.02]}
+    found = {row["name"]: row["verdict"] for row in alignment.what_got_worse(before, after, intervals)}
     assert found == {
-        "FID": True,
-        "plausible share of a": True,
-        "recall": True,
-        "share failing nucleus": False,
-        "coverage": False,
+        "plausible share of a": "clear",
+        "FID": "no interval",  # however large the change
+        "share failing nucleus": "chance",
+        "recall": "open",
+        "coverage": "chance",
     }
+    assert next(iter(found)) == "plausible share of a"
+
+
+@pytest.mark.parametrize(("old", "new", "worse"), [(0.5, 0.6, True), (0.3, 0.45, False), (0.7, 0.45, False)])
+def test_a_share_nearer_to_training_is_worse_the_farther_it_is_from_half(old, new, worse):
+    before, after = ({"nearer_to_train": share, "per_class": {}, "per_criterion": {}} for share in (old, new))
+    assert bool(alignment.what_got_worse(before, after, {})) == worse
 
 
 def test_the_figures_of_the_reward_model_are_those_that_the_reward_stage_wrote(tmp_path):

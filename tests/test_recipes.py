@@ -154,7 +154,7 @@ def test_every_script_is_in_the_table_and_in_the_smoke_run():
 
 
 def test_no_script_hides_a_library_that_the_package_imports():
-    # Python looks in the folder of the script first: `import evaluate` would find training/evaluate.py.
+    # Python looks in the folder of the script first: `import evaluate` would find a training/evaluate.py.
     text = "\n".join(path.read_text() for path in (PROJECT / "pathalign").rglob("*.py"))
     imported = set(re.findall(r"^\s*(?:import|from) (\w+)", text, flags=re.MULTILINE))
     assert {"torch", "click"} <= imported

@@ -66,11 +66,13 @@ def measured(share: float, reward: float | None) -> dict[str, Any]:
         "kid_sd": 0.001,
         "fid": 1.5,
         "fid_dimensions": 2,
+        "fid_reduced": False,
         "grader_judge_kappa": 0.6,
         "mean_reward": reward,
         "mean_reward_ci": None if reward is None else [reward - 0.02, reward + 0.02],
         "n_fidelity": 6,
-        "n_utility": 7,
+        "n_utility": 5,
+        "n_utility_test": 7,
         "n_augment": 9,
         "n_memorization": 8,
         "per_class": {
@@ -94,7 +96,7 @@ def example_metrics() -> dict[str, Any]:
         "real": (0.9, 0.8),
     }
     return {
-        "reward": {"roc_auc": 0.91, "ece": 0.03, "n": 200, "per_class": {}},
+        "reward": {"roc_auc": 0.91, "roc_auc_ci": [0.85, 0.96], "ece": 0.03, "n": 200, "per_class": {}},
         "metrics": {name: measured(*values) for name, values in shares.items()},
         "plausible_gain": 0.2,
         "plausible_gain_ci": [0.1, 0.3],
@@ -104,7 +106,33 @@ def example_metrics() -> dict[str, Any]:
         "gap_closed_ci": [0.3, 0.7],
         "reward_hacking": False,
         "worse": [
-            {"name": "recall", "before": 0.8, "after": 0.7, "difference": -0.1, "interval": None, "notable": True},
+            {
+                "name": "recall",
+                "before": 0.8,
+                "after": 0.7,
+                "difference": -0.1,
+                "interval": [-0.2, -0.05],
+                "verdict": "open",
+                "notable": False,
+            },
+            {
+                "name": "KID",
+                "before": 0.1,
+                "after": 0.7,
+                "difference": 0.6,
+                "interval": None,
+                "verdict": "no interval",
+                "notable": False,
+            },
+            {
+                "name": "precision",
+                "before": 0.8,
+                "after": 0.7,
+                "difference": -0.1,
+                "interval": [-0.2, -0.05],
+                "verdict": "clear",
+                "notable": True,
+            },
         ],
         "criterion_skill": {"nucleus": {"n": 40, "n_failed": 12, "roc_auc": 0.84}},
         "confidence": 0.95,
@@ -220,10 +248,12 @@ def test_every_figure_is_shown_with_its_interval_and_number_of_images(rendered):
         "70.0 % 65.0 to 75.0 n = 8",
         "75.0 % 70.0 to 80.0 n = 6",
         "75.0 % 70.0 to 80.0 n = 7",
-        "roc_auc 0.910",
+        "roc_auc 0.910 0.850 to 0.960",
     ):
         assert expected in text
     assert outline.text.count("not measured") == 2  # what the judge says of a criterion that only the reward model has
+    assert "-0.100 -0.200 to -0.050 may be chance or not: the interval takes the images as given" in text
+    assert "+0.600 no interval" in text
     assert "▼ clear" in text and "✗ near-copy" in text and "✓ no near-copy" in text and "fails nucleus" in text
     assert text.count(DISCLAIMER) == 2 and "phantom" not in text
 
@@ -332,17 +362,17 @@ def test_the_criteria_are_shown_for_single_images_and_in_the_eyes_of_reward_mode
 
 
 def test_the_rewards_of_criteria_are_summed_up_with_intervals_and_checked_against_grades():
-    rewards = np.array([[0.1, 0.5], [0.3, 0.5], [0.8, 0.5], [0.9, 0.5]])
+    rewards = np.array([[0.1, 0.5], [0.3, 0.5], [0.8, 0.5], [0.9, 0.5]] * 10)
     measured = criterion_metrics(("nucleus", "granules"), rewards, samples=200, confidence=0.95, seed=0)
-    assert measured["nucleus"]["mean_reward"] == pytest.approx(0.525) and measured["nucleus"]["n"] == 4
+    assert measured["nucleus"]["mean_reward"] == pytest.approx(0.525) and measured["nucleus"]["n"] == 40
     low, high = measured["nucleus"]["mean_reward_ci"]
     assert 0.1 <= low < 0.525 < high <= 0.9
     assert measured["granules"]["mean_reward_ci"] == pytest.approx([0.5, 0.5])
-    columns = {"failed_nucleus": [1.0, 0.0, 0.5, 0.0], "failed_granules": [0.0, 0.0, None, 0.0]}
-    graded = ImageSet.build(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4), ("a",), columns)
+    columns = {"failed_nucleus": [1.0, 0.0, 0.5, 0.0] * 10, "failed_granules": ([1.0] * 9 + [0.0] + [None, 0.0] * 15)}
+    graded = ImageSet.build(torch.zeros(40, 3, 8, 8, dtype=torch.uint8), torch.zeros(40), ("a",), columns)
     skill = criterion_skill(("nucleus", "granules"), rewards, graded)
-    assert skill["nucleus"] == {"n": 3, "n_failed": 1, "roc_auc": 1.0}  # a tie of the graders is left out
-    assert skill["granules"] == {"n": 3, "n_failed": 0, "roc_auc": None}
+    assert skill["nucleus"] == {"n": 30, "n_failed": 10, "roc_auc": 1.0}  # ties of the graders are left out
+    assert skill["granules"] == {"n": 25, "n_failed": 9, "roc_auc": None}  # one too few to say
 
 
 def test_paired_gains_are_tabled_in_points_where_they_were_measured(metrics):

@@ -21,6 +21,7 @@ from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 from test_access import hub_session
 from test_results import space_module
+from tiny_artefacts import reward_model
 
 from pathalign.diffusion import lora
 from pathalign.generate import load_pipeline, sample, set_scheduler
@@ -28,7 +29,9 @@ from pathalign.grading.exports import ExportOptions, export, read_recorded
 from pathalign.grading.outbox import Outbox
 from pathalign.grading.sinks import FolderSink
 from pathalign.grading.versus import ALIGNED, BASE, NAMING, Comparison, Contender, Votes, contenders, keep_pool
-from pathalign.images import ImageSet
+from pathalign.grading.versus_rewards import ComparisonRewards
+from pathalign.images import ImageSet, to_pixel_values
+from pathalign.reward import load_reward_model
 from pathalign.schema import DISCLAIMER, InputError
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -82,6 +85,36 @@ def test_both_models_start_from_the_same_noise(comparison, tmp_path):
     torch.testing.assert_close(drawn[ALIGNED], sample(plain, [1, 1], [5, 6], 2))
     assert not torch.equal(drawn[BASE], drawn[ALIGNED])
     assert comparison.draw("b", (5, 6)) is drawn  # kept
+
+
+def test_images_are_drawn_once_and_before_a_gpu_is_asked_for_to_judge_them(tmp_path, tiny_pipeline):
+    base, adapter = save_models(tmp_path, tiny_pipeline)
+    reward_model(classes=("a", "b", "c")).save_with_processor(tmp_path / "reward")
+    calls, within = [], []
+
+    def lend(compute):
+        def lent(*arguments):
+            assert not within, "a GPU within another's time"
+            calls.append(compute.__name__)
+            within.append(compute)
+            try:
+                return compute(*arguments)
+            finally:
+                within.pop()
+
+        return lent
+
+    comparison = Comparison(Contender(base), Contender(base, adapter), inference_steps=2, around=lend)
+    rewards = ComparisonRewards(comparison, str(tmp_path / "reward"), around=lend)
+    drawn = comparison.draw("b", (5, 6))
+    judged, looks = rewards.rewards("b", (5, 6)), rewards.looks("b", (5, 6))
+    assert rewards.rewards("b", (5, 6)) is judged
+    assert calls == ["_draw", "_judge_images", "_explain_images"]
+    model = load_reward_model(str(tmp_path / "reward"))
+    for role in (BASE, ALIGNED):
+        expected = model.rewards(to_pixel_values(drawn[role]), torch.tensor([1, 1]))
+        torch.testing.assert_close(torch.tensor([found.reward for found in judged[role]]), expected.detach())
+        assert [picture[:4] for picture in looks[role]] == [b"\x89PNG"] * 2
 
 
 def test_models_are_named_as_two_pipelines_or_adapters_and_nothing_named_says_how():

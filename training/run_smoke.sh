@@ -34,4 +34,4 @@ $launch training/generate.py --config "$configs/sample.yaml" --adapter "$runs/ad
 $launch training/generate.py --config "$configs/sample.yaml" --model "$runs/control" --output_dir "$runs/samples_control"
 $launch training/generate.py --config "$configs/sample.yaml" --best_of 4 --reward_model "$runs/reward" \
   --output_dir "$runs/samples_best_of_n"
-$launch training/evaluate.py --config "$configs/evaluate.yaml"
+$launch training/run_evaluation.py --config "$configs/evaluate.yaml"

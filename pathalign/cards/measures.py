@@ -45,10 +45,22 @@ def by_present_names(figures: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Until `no_near_copy` had its name, it was called `authenticity`, which is now that of arXiv:2102.08921.
     """
-    if "no_near_copy" in figures or "authenticity" not in figures:
+    if not _is_older(figures):
         return figures
     renamed = {"authenticity": "no_near_copy", "authenticity_ci": "no_near_copy_ci"}
     return {renamed.get(key, key): value for key, value in figures.items()}
+
+
+def losses(report: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """The rows of `metrics.json` on what got worse, under the names they have now; None without any."""
+    rows: list[Mapping[str, Any]] | None = report.get("worse")
+    if rows is None or not any(_is_older(figures or {}) for figures in (report.get("metrics") or {}).values()):
+        return rows
+    return [{**row, "name": "share without near-copies"} if row["name"] == "authenticity" else row for row in rows]
+
+
+def _is_older(figures: Mapping[str, Any]) -> bool:
+    return "authenticity" in figures and "no_near_copy" not in figures
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def _figures(kind: CardKind, report: Mapping[str, Any]) -> dict[str, Any]:
         "no_near_copy": measures.number(measures.by_present_names(figures), "no_near_copy"),
         "reward_table": [(title, measures.number(figures, key)) for key, title in measures.REWARD_MEASURES.items()],
         "confidence": report.get("confidence"),
-        "worse": report.get("worse"),
+        "worse": measures.losses(report),
         "simulated_judge": report.get("simulated", False),
         "phantom": report.get("phantom", False),
     }

@@ -53,7 +53,7 @@ def report_card(
         headline=report.get("headline"),
         image_table=measures.image_table(report.get("metrics") or {}, tuple(measures.COLUMNS)),
         confidence=report.get("confidence"),
-        worse=report.get("worse"),
+        worse=measures.losses(report),
         simulated_judge=report.get("simulated", False),
         phantom=report.get("phantom", False),
     )

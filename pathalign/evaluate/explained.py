@@ -15,6 +15,7 @@ from pathalign.reward.explanation import overlay
 
 EXTREME_SAMPLES = 6
 CHANGED_PAIRS = 3
+LEAST_OF_A_KIND = 10  # images that met, and that failed a criterion: of fewer a ROC AUC is mostly chance
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def criterion_skill(criteria: tuple[str, ...], rewards: np.ndarray, feedback: Im
         feedback: The same images with the columns `failed_...`, shares of graders or None.
 
     Returns:
-        For each criterion that was graded: `n`, `n_failed`, and `roc_auc`, None where all met or all failed it.
+        For each criterion that was graded: `n`, `n_failed`, and `roc_auc`, None where fewer than 10 met or failed it.
     """
     measured = {}
     for column, name in enumerate(criteria):
@@ -117,11 +118,11 @@ def criterion_skill(criteria: tuple[str, ...], rewards: np.ndarray, feedback: Im
         ]
         decided = [(row, share < 0.5) for row, share in shares if share != 0.5]
         met = np.array([verdict for _, verdict in decided], bool)
-        both = 0 < met.sum() < len(met)
+        enough = min(met.sum(), (~met).sum()) >= LEAST_OF_A_KIND
         scores = rewards[[row for row, _ in decided], column]
         measured[name] = {
             "n": len(met),
             "n_failed": int((~met).sum()),
-            "roc_auc": float(roc_auc_score(met, scores)) if both else None,
+            "roc_auc": float(roc_auc_score(met, scores)) if enough else None,
         }
     return measured

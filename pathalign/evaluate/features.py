@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,26 @@ CPU_BATCH_SIZE, ACCELERATOR_BATCH_SIZE = 16, 256  # larger ones cost a CPU twice
 SAVE_EVERY_ROWS = 1024
 
 
+def network_id(network: nn.Module) -> str:
+    """Hash of all weights and buffers, and of the `spec` of an encoder of `load_encoder`: one name may get others."""
+    digest = hashlib.sha256(repr(getattr(network, "spec", None)).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 class FeatureStore:
-    """Makes encoder features and keeps them in a folder, so that an interrupted evaluation makes hardly any twice."""
+    """Makes encoder features and keeps them in a folder, so that an interrupted evaluation makes hardly any twice.
+
+    Features are kept by the encoder's name, weights and input, and by the images: what changes one of them makes new
+    ones.
+    """
 
     def __init__(self, encoder: nn.Module, encoder_name: str, folder: Path, device: torch.device):
         self.encoder = encoder.to(device).eval()
-        self.encoder_name, self.folder, self.device = encoder_name, folder, device
+        self.identity, self.folder, self.device = [encoder_name, network_id(self.encoder)], folder, device
         self.batch_size = CPU_BATCH_SIZE if device.type == "cpu" else ACCELERATOR_BATCH_SIZE
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -38,7 +53,7 @@ class FeatureStore:
         Returns:
             Shape `(orientations * n, d)`, float32; rows n to 2 n - 1 belong to orientation 1, and so on.
         """
-        name = fingerprint([self.encoder_name, len(images), orientations, content_id(images)])
+        name = fingerprint([*self.identity, len(images), orientations, content_id(images)])
         path = self.folder / f"features-{name}.npy"
         with FileLock(path.with_suffix(".lock")):  # evaluations at the same time may share a folder
             if not path.is_file():

@@ -33,14 +33,19 @@ TERMS = (
         "How many real images lie around each generated one; like precision, less swayed by odd ones.",
     ),
     Term("coverage", "Coverage", "Share of real images that have a generated one close by: how much variety is there?"),
-    Term("alpha_precision", "Alpha-precision", "How well generated images fall among the typical real ones."),
+    Term(
+        "alpha_precision",
+        "Alpha-precision",
+        "Whether generated images are as near to and as far from the typical as real ones are.",
+    ),
     Term("beta_recall", "Beta-recall", "How much of the variety of real images the typical generated ones span."),
     Term("kid", "KID", "Distance between the generated and the real images as two crowds; 0 is the same crowd."),
     Term("fid", "FID", "An older distance between the two crowds; it is too high where there are few images."),
     Term(
         "authenticity",
         "Authenticity",
-        "Share of images that are made anew rather than copied from what the generator learnt from.",
+        "Share of images farther from their nearest training image than that one lies from its own nearest neighbour; "
+        "compare it with that of real images.",
     ),
     Term(
         "utility_accuracy", "Usefulness", "How often a classifier that saw only generated images is right on real ones."
@@ -51,7 +56,7 @@ TERMS = (
     Term(
         "nearer_to_train",
         "Nearer to training",
-        "Share of images closer to one learnt from than to one never seen; 50 % is chance.",
+        "Share of images closer to one learnt from than to one never seen; 50 % is best, above it is memorizing.",
     ),
     Term(
         "augment_accuracy",

@@ -5,14 +5,13 @@ Everything works on features, shape `(n, d)`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import norm
 
 from pathalign.augment import ORIENTATIONS
-from pathalign.evaluate.alignment import percentile_interval, share
 from pathalign.evaluate.neighbours import Neighbours
 
 NEAR_COPY_QUANTILE = 0.01
@@ -76,17 +75,33 @@ class NearestTraining:
 
 @dataclass(frozen=True)
 class Closeness:
-    """Distances of n images to their nearest training image and to their nearest held-out one; shape `(n,)`, float64.
+    """Distances of n images to the nearest of m training images and to the nearest of m held-out ones.
 
     Attributes:
-        to_train: Distance to the nearest training image.
-        to_held_out: Distance to the nearest of as many real images that nothing was trained on.
-        rows: Row of that training image.
+        to_train: Shape `(n,)`, float64: distance to the nearest training image.
+        to_held_out: Shape `(n,)`, float64: distance to the nearest real image that nothing was trained on.
+        rows: Shape `(n,)`: row of that training image.
+        held_out_rows: Shape `(n,)`: row of that held-out image.
+        train_classes: Shape `(m,)`: class of each training image.
+        held_out_classes: Shape `(m,)`: class of each held-out image; both hold as many of each class.
     """
 
     to_train: np.ndarray
     to_held_out: np.ndarray
     rows: np.ndarray
+    held_out_rows: np.ndarray
+    train_classes: np.ndarray
+    held_out_classes: np.ndarray
+
+    def of(self, chosen: np.ndarray) -> Closeness:
+        """The same of some of the n images, by row number."""
+        return replace(
+            self,
+            to_train=self.to_train[chosen],
+            to_held_out=self.to_held_out[chosen],
+            rows=self.rows[chosen],
+            held_out_rows=self.held_out_rows[chosen],
+        )
 
     @property
     def nearer_to_train(self) -> np.ndarray:
@@ -100,30 +115,42 @@ class Closeness:
             found = self.to_train / self.to_held_out
         return np.where((self.to_train == 0) & (self.to_held_out == 0), 1.0, found)
 
-    def metrics(self, confidence: float, bootstrap_samples: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Share nearer to training images with Wilson interval and exact binomial test, and the median of the ratios.
+    def null_deviation(self) -> float:
+        """Standard deviation of the share nearer to training images, were training and held-out ones interchangeable.
+
+        Images that share a nearest real one are nearer to training together, so that n images are not n trials: one
+        real image that lies near the middle may be the nearest of many. What is random is which of the 2 m real images
+        were trained on. Let c_i be how many images have real image i as their nearest, a tie counting half for both.
+        Over all ways to call half of the N images of a class training images, their sum of c_i has the variance
+        N / (4 (N - 1)) * sum (c_i - mean c)^2; classes are independent.
+        """
+        nearer, size = self.nearer_to_train, len(self.train_classes)
+        counts = (
+            np.bincount(self.rows, nearer, size),
+            np.bincount(self.held_out_rows, 1 - nearer, len(self.held_out_classes)),
+        )
+        variance = 0.0
+        for label in np.unique(self.train_classes):
+            own = np.concatenate([counts[0][self.train_classes == label], counts[1][self.held_out_classes == label]])
+            variance += len(own) / (4 * (len(own) - 1)) * float(np.square(own - own.mean()).sum())
+        return float(np.sqrt(variance)) / len(nearer)
+
+    def metrics(self, confidence: float) -> dict[str, Any]:
+        """Share nearer to training images, with interval and test against 1/2, and the median of the ratios.
 
         Of a generator that memorizes nothing half of the images are nearer to a training image, and the ratio is 1.
-        Images at equal distance to both say nothing and are left out of the share. Interval and test take the real
-        images as given and the generated ones as independent of each other.
-
-        Args:
-            confidence: Of both intervals.
-            bootstrap_samples: Resamples of the images behind the interval of the median.
-            rng: Draws them.
+        Images at equal distance to both count half. Interval and two-sided p are those of a normal distribution with
+        `null_deviation`; the interval is cut off at 0 and 1. The median has no interval, since its images are not
+        independent either; it is None where most images coincide with held-out ones, which makes their ratios infinite.
         """
-        decided = self.nearer_to_train != 0.5
-        nearer = self.nearer_to_train[decided] == 1
-        ratios = self.ratios
-        draws = [np.median(ratios[rng.integers(len(ratios), size=len(ratios))]) for _ in range(bootstrap_samples)]
-        found: dict[str, Any] = {"nearer_to_train": None, "nearer_to_train_ci": None, "nearer_to_train_p": None}
-        if decided.any():
-            found = share(nearer, confidence, "nearer_to_train")
-            found["nearer_to_train_p"] = float(binomtest(int(nearer.sum()), len(nearer), 0.5).pvalue)
+        share, deviation = float(self.nearer_to_train.mean()), self.null_deviation()
+        ratio = float(np.median(self.ratios))
+        reach = float(norm.ppf((1 + confidence) / 2)) * deviation
         return {
-            **found,
-            "train_distance_ratio": float(np.median(ratios)),
-            "train_distance_ratio_ci": percentile_interval(np.asarray(draws), confidence),
+            "nearer_to_train": share,
+            "nearer_to_train_ci": [max(0.0, share - reach), min(1.0, share + reach)],
+            "nearer_to_train_p": float(2 * norm.sf(abs(share - 0.5) / deviation)) if deviation else 1.0,
+            "train_distance_ratio": ratio if np.isfinite(ratio) else None,
         }
 
     def closest(self, count: int) -> list[dict[str, Any]]:
@@ -139,15 +166,22 @@ class Closeness:
         ]
 
 
-def closeness(train: Neighbours, held_out: Neighbours, features: np.ndarray) -> Closeness:
-    """Distances of `features`, shape `(n, d)`, to the nearest of two sets of real images of equal size.
+def closeness(
+    train: Neighbours,
+    held_out: Neighbours,
+    features: np.ndarray,
+    train_classes: np.ndarray,
+    held_out_classes: np.ndarray,
+) -> Closeness:
+    """Distances of `features`, shape `(n, d)`, to the nearest of two sets of real images of equal make-up.
 
-    Only equal numbers, best in each class, make 1/2 the share to expect: of a larger set the nearest one is nearer.
+    Only equal numbers of each class make 1/2 the share to expect: of a larger set the nearest one is nearer.
 
     Source: nearest-neighbour tests of data copying, as in arXiv:2004.05675, with the plain share as statistic.
     """
     distances, rows = train.nearest(features)
-    return Closeness(distances[:, 0], held_out.nearest(features)[0][:, 0], rows[:, 0])
+    others, held_out_rows = held_out.nearest(features)
+    return Closeness(distances[:, 0], others[:, 0], rows[:, 0], held_out_rows[:, 0], train_classes, held_out_classes)
 
 
 def match_real_rows(train: np.ndarray, held_out: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

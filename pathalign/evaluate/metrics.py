@@ -45,8 +45,8 @@ Returns:
     per_class: The same within each class.
 """
 
-    def measure(self, rows: dict[str, Rows], neighbours: int = 5, **_: Any) -> dict[str, Any]:
-        """See the base class."""
+    def measure(self, rows: dict[str, Rows], neighbours: int = 5) -> dict[str, Any]:
+        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         real, generated = rows["real"], rows["generated"]
         _need(self, rows, neighbours + 1, f"`neighbours` = {neighbours}")
         return {
@@ -90,9 +90,8 @@ Returns:
         neighbours: int = 5,
         levels: int = auditing.LEVELS,
         confidence: float = CONFIDENCE,
-        **_: Any,
     ) -> dict[str, Any]:
-        """See the base class."""
+        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         _need(self, rows, neighbours + 1, f"`neighbours` = {neighbours}")
 
         def figures(own: dict[str, np.ndarray]) -> tuple[dict[str, Any], auditing.Supports]:
@@ -131,9 +130,9 @@ Returns:
 """
 
     def measure(
-        self, rows: dict[str, Rows], subsets: int = 100, subset_size: int = 1000, seed: int = 0, **_: Any
+        self, rows: dict[str, Rows], subsets: int = 100, subset_size: int = 1000, seed: int = 0
     ) -> dict[str, Any]:
-        """See the base class."""
+        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         real, generated = rows["real"].features, rows["generated"].features
         _need(self, rows, 4, "a subset")
         mean, deviation = fidelity.kernel_distance(real, generated, np.random.default_rng(seed), subsets, subset_size)
@@ -166,8 +165,8 @@ Returns:
     per_class: fid within each class of at least twice as many images as dimensions.
 """
 
-    def measure(self, rows: dict[str, Rows], seed: int = 0, **_: Any) -> dict[str, Any]:
-        """See the base class."""
+    def measure(self, rows: dict[str, Rows], seed: int = 0) -> dict[str, Any]:
+        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         real, generated = rows["real"].features, rows["generated"].features
         _need(self, rows, 4, "a covariance")
         half = len(real) // 2
@@ -212,9 +211,8 @@ Returns:
         confidence: float = CONFIDENCE,
         bootstrap_samples: int = BOOTSTRAP_SAMPLES,
         seed: int = 0,
-        **_: Any,
     ) -> dict[str, Any]:
-        """See the base class."""
+        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         test, generated, train = rows["real"], rows["generated"], rows["train"]
         labels = [part.labels for part in (test, generated, train)]
         if any(found is None or len(set(found)) < 2 for found in labels):
@@ -249,20 +247,21 @@ class Memorization(FeatureMetric):
     SOURCES = ("real", "generated", "train")
     DESCRIPTION = (
         "Share of generated images whose nearest training image is nearer than the nearest of as many held-out real "
-        "ones, half without memorization, with its Wilson interval and exact binomial test; the median of the ratio of "
-        "both distances; and the closest pairs, to be looked at."
+        "ones, half without memorization, a tie counting half. Generated images that share a nearest real image are "
+        "not independent, so interval and test ask what the share would be if other ones of the real images, drawn "
+        "within each class, had been the training images. Also the median of the ratio of both distances, and the "
+        "closest pairs, to be looked at."
     )
     CITATION = "Meehan et al. 2020, arXiv:2004.05675 (three-sample test of data copying; here with the plain share)"
     REFERENCES = ("https://arxiv.org/abs/2004.05675",)
     RESULTS = f"""    pairs (int): Closest pairs to return, by default 8.
-    confidence (float): Of the intervals, by default {CONFIDENCE}.
-    bootstrap_samples (int): Behind the interval of the ratio, by default {BOOTSTRAP_SAMPLES}.
+    confidence (float): Of the interval, by default {CONFIDENCE}.
     seed (int): Draws as many images of the larger of 'train' and 'real' as the smaller has, in each class; default 0.
 
 Returns:
-    nearer_to_train, nearer_to_train_ci, nearer_to_train_p: Share, interval and two-sided p against 1/2; null where
-        every image is equally far from both.
-    train_distance_ratio, train_distance_ratio_ci: Median of distance to training over distance to held-out images.
+    nearer_to_train, nearer_to_train_ci, nearer_to_train_p: Share, interval and two-sided p against 1/2, which is best.
+    train_distance_ratio: Median of distance to training over distance to held-out images; null where it is infinite,
+        since most generated images coincide with held-out ones.
     n_train: Training images compared, and as many held-out ones.
     closest: Rows among the generated and the training images in the order they were added, with both distances.
     per_class: Share, interval, test and ratio of the generated images of each class.
@@ -273,29 +272,30 @@ Returns:
         rows: dict[str, Rows],
         pairs: int = 8,
         confidence: float = CONFIDENCE,
-        bootstrap_samples: int = BOOTSTRAP_SAMPLES,
         seed: int = 0,
-        **_: Any,
     ) -> dict[str, Any]:
-        """See the base class."""
+        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
         train, held_out, generated = rows["train"], rows["real"], rows["generated"]
         train_rows, held_out_rows = equal_rows(train, held_out, np.random.default_rng(seed))
         if not len(train_rows):
             raise InputError("The sources 'train' and 'real' have no class in common; give images of the same classes.")
+        classes = [np.zeros(len(train_rows))] * 2
+        if train.labels is not None and held_out.labels is not None:
+            classes = [train.labels[train_rows], held_out.labels[held_out_rows]]
         found = memorization.closeness(
-            Neighbours(train.features[train_rows]), Neighbours(held_out.features[held_out_rows]), generated.features
+            Neighbours(train.features[train_rows]),
+            Neighbours(held_out.features[held_out_rows]),
+            generated.features,
+            *classes,
         )
-        found = memorization.Closeness(found.to_train, found.to_held_out, train_rows[found.rows])
-
-        def figures(chosen: np.ndarray) -> dict[str, Any]:
-            own = memorization.Closeness(found.to_train[chosen], found.to_held_out[chosen], found.rows[chosen])
-            return own.metrics(confidence, bootstrap_samples, np.random.default_rng(seed))
-
         return {
-            **figures(np.arange(len(generated))),
+            **found.metrics(confidence),
             "n_train": len(train_rows),
-            "closest": found.closest(pairs),
-            "per_class": {label: figures(np.flatnonzero(generated.labels == label)) for label in classes_of(generated)},
+            "closest": [{**pair, "train_row": int(train_rows[pair["train_row"]])} for pair in found.closest(pairs)],
+            "per_class": {
+                label: found.of(np.flatnonzero(generated.labels == label)).metrics(confidence)
+                for label in classes_of(generated)
+            },
         }
 
 

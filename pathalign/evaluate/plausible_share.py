@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from pathalign.evaluate import alignment
+from pathalign.evaluate.checked import CheckedMetric, refuse_unknown, texts
 from pathalign.schema import InputError
 
 CONFIDENCE, BOOTSTRAP_SAMPLES = 0.95, 2000
 
 
-class PlausibleShare(evaluate.Metric):
+class PlausibleShare(CheckedMetric):
     """Share of images that a judge finds plausible, and what changed against images of the same seeds."""
 
     def _info(self) -> Any:
@@ -29,7 +30,8 @@ class PlausibleShare(evaluate.Metric):
             inputs_description=f"""
 Args:
     plausible (list of n bools): Verdict on each image.
-    before (list of n bools, or None): Verdict on the image of the same seed by the model to compare with.
+    before (list of n bools or None, or None): Verdict on the image of the same seed by the model to compare with;
+        images without one are in no pair.
     class_label (list of n strings, or None): Class of each image.
     confidence (float): Of the intervals, by default {CONFIDENCE}.
     bootstrap_samples (int): By default {BOOTSTRAP_SAMPLES}.
@@ -37,7 +39,8 @@ Args:
 
 Returns:
     n, plausible_share, plausible_share_ci: In [0, 1], higher is better.
-    plausible_gain, plausible_gain_ci: plausible_share minus that of `before`; null without `before`.
+    plausible_gain, plausible_gain_ci: Mean of `plausible` minus `before` over the pairs; null where there is none.
+    n_pairs: Images with a verdict `before`.
     per_class: The same for each class.
 """,
             features=datasets.Features(
@@ -52,23 +55,25 @@ Returns:
     def add_batch(
         self,
         *,
-        plausible: Sequence[bool] | None = None,
-        before: Sequence[bool] | None = None,
-        class_label: Sequence[str] | None = None,
-        **_: Any,
+        plausible: Sequence[bool] | np.ndarray | None = None,
+        before: Sequence[bool | None] | np.ndarray | None = None,
+        class_label: Sequence[str | None] | np.ndarray | None = None,
+        **unknown: Any,
     ) -> None:
         """Add verdicts to the file on disk.
 
         Raises:
-            InputError: If the columns differ in length, or `plausible` is missing anywhere.
+            InputError: If the columns differ in length, `plausible` is missing anywhere, or there is no column of a
+                name.
         """
+        refuse_unknown(self.name, unknown, self.features)
         columns: dict[str, list[Any]] = {
             name: [None if value is None else bool(value) for value in values]
             for name, values in (("plausible", plausible), ("before", before))
             if values is not None
         }
         if class_label is not None:
-            columns["class_label"] = [str(label) for label in class_label]
+            columns["class_label"] = texts(class_label)
         lengths = {name: len(values) for name, values in columns.items()}
         count = lengths.get("plausible", 0)
         if set(lengths.values()) != {count} or not count or None in columns["plausible"]:
@@ -82,33 +87,38 @@ Returns:
         table = {name: pa.array(columns.get(name, [None] * count), kind) for name, kind in types.items()}
         self.writer.write_table(pa.table(table))
 
-    def add(self, *, plausible: Any = None, before: Any = None, class_label: Any = None, **_: Any) -> None:
+    def add(self, *, plausible: Any = None, before: Any = None, class_label: Any = None, **unknown: Any) -> None:
         """Add the verdict on one image."""
         row = {"plausible": plausible, "before": before, "class_label": class_label}
-        self.add_batch(**{name: None if value is None else [value] for name, value in row.items()})
+        self.add_batch(**{name: None if value is None else [value] for name, value in row.items()}, **unknown)
 
-    def _compute(
+    def _compute(self, *, plausible: Any, before: Any, class_label: Any, **options: Any) -> dict[str, Any]:
+        return self.measure(plausible, before, class_label, **options)
+
+    def measure(
         self,
-        *,
-        plausible: Any,
-        before: Any,
-        class_label: Any,
+        plausible: Sequence[bool],
+        before: Sequence[bool | None],
+        class_label: Sequence[str | None],
         confidence: float = CONFIDENCE,
         bootstrap_samples: int = BOOTSTRAP_SAMPLES,
         seed: int = 0,
     ) -> dict[str, Any]:
+        """Compute the results from the columns; options and results are in `inputs_description`."""
         verdicts, labels = np.asarray(plausible, dtype=bool), np.asarray(class_label, dtype=object)
-        earlier = None if None in before else np.asarray(before, dtype=bool)
+        known, earlier = np.array([verdict is not None for verdict in before]), np.array(before, dtype=bool)
 
         def figures(chosen: np.ndarray) -> dict[str, Any]:
             gain: tuple[float | None, list[float] | None] = (None, None)
-            if earlier is not None:
-                gain = alignment.paired_gain(earlier[chosen], verdicts[chosen], bootstrap_samples, confidence, seed)
+            paired = chosen & known
+            if paired.any():
+                gain = alignment.paired_gain(earlier[paired], verdicts[paired], bootstrap_samples, confidence, seed)
             return {
                 "n": len(verdicts[chosen]),
                 **alignment.share(verdicts[chosen], confidence, "plausible_share"),
                 "plausible_gain": gain[0],
                 "plausible_gain_ci": gain[1],
+                "n_pairs": int(paired.sum()),
             }
 
         names = [] if None in labels else sorted(set(labels))

@@ -120,7 +120,7 @@ def _distances(
     if pca is not None:
         reference, features = pca.transform(reference), pca.transform(features)
     values["fid"] = fidelity.frechet_distance(reference, features)
-    return {**values, "n_fidelity": count, "fid_dimensions": reference.shape[1]}
+    return {**values, "n_fidelity": count, "fid_dimensions": reference.shape[1], "fid_reduced": pca is not None}
 
 
 def _class_distances(config: EvaluateConfig, reference: np.ndarray, features: np.ndarray) -> dict[str, Any]:
@@ -146,12 +146,17 @@ def _measure_memorization(config: EvaluateConfig, subjects: Subjects, compared: 
         if name == "after":
             quality.closest.extend(nearest.closest(CLOSEST_PAIRS))
         authentic = auditing.authentic(compared.train, features)
-        closeness = memorization.closeness(train, held_out, features[others] if name == "real" else features)
-        rng = np.random.default_rng(config.seed)
+        closeness = memorization.closeness(
+            train,
+            held_out,
+            features[others] if name == "real" else features,
+            compared.train_classes[train_rows],
+            compared.test_classes[held_out_rows],
+        )
         quality.figures[name] |= {
             **alignment.share(nearest.no_near_copy, config.confidence, "no_near_copy"),
             **alignment.share(authentic, config.confidence, "authenticity"),
-            **closeness.metrics(config.confidence, config.bootstrap_samples, rng),
+            **closeness.metrics(config.confidence),
             "n_memorization": len(closeness.rows),
         }
         quality.outcomes[name] |= {
@@ -181,6 +186,7 @@ def _measure_usefulness(config: EvaluateConfig, subjects: Subjects, compared: _C
         quality.figures[name] |= {
             **alignment.share(correct, config.confidence, "utility_accuracy"),
             "n_utility": len(rows),
+            "n_utility_test": len(test[1]),
             **alignment.share(augmented, config.confidence, "augment_accuracy"),
             "augment_gain": gain,
             "augment_gain_ci": interval,

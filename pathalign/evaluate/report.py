@@ -80,7 +80,7 @@ class Row:
     key: str
     title: str
     kind: Literal["share", "number"]
-    better: str
+    better: str  # "higher" or "lower"; empty where neither is, which `meaning` then says
     meaning: str
     interval: str | None = None  # key of the interval
     count: str | None = "n"  # key of the number of images
@@ -105,15 +105,16 @@ ROWS = (
     Row("fid", "FID", "number", "lower", "Frechet distance to real images", None, "n_fidelity"),
     Row("no_near_copy", "No near-copy", "share", "higher", "images that are no near-copies of training images",
         "no_near_copy_ci"),
-    Row("authenticity", "Authenticity", "share", "higher",
-        "images farther from a training image than that is from the next: compare Real", "authenticity_ci"),
-    Row("nearer_to_train", "Nearer to training", "share", "lower",
-        "images nearer to a training image than to a held-out one, 50 % by chance", "nearer_to_train_ci",
+    Row("authenticity", "Authenticity", "share", "",
+        "images farther from their nearest training image than that one lies from its own nearest neighbour; compare "
+        "with Real", "authenticity_ci"),
+    Row("nearer_to_train", "Nearer to training", "share", "",
+        "images nearer to a training image than to a held-out one; 50 % is best", "nearer_to_train_ci",
         "n_memorization"),
     Row("utility_accuracy", "Usefulness", "share", "higher",
-        "accuracy on real images of a classifier trained on this set", "utility_accuracy_ci", "n_utility"),
+        "accuracy on real images of a classifier trained on this set", "utility_accuracy_ci", "n_utility_test"),
     Row("augment_accuracy", "Usefulness, added", "share", "higher",
-        "the same with all real training images added", "augment_accuracy_ci", "n_augment"),
+        "the same with all real training images added", "augment_accuracy_ci", "n_utility_test"),
 )  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def metric_table(metrics: dict[str, Any]) -> Table:
         TableRow(
             row.title,
             [cell(row, metrics["metrics"].get(name)) for name in SET_TITLES],
-            f"{row.meaning}; {row.better} is better",
+            row.meaning + (f"; {row.better} is better" if row.better else ""),
             term_of(row.key),
         )
         for row in ROWS

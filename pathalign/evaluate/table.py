@@ -13,6 +13,7 @@ import evaluate
 import numpy as np
 import pyarrow as pa
 
+from pathalign.evaluate.checked import CheckedMetric, refuse_unknown, texts
 from pathalign.schema import InputError
 
 INPUTS = """
@@ -45,10 +46,11 @@ class Rows:
         return self.features[self.labels == label]
 
 
-class FeatureMetric(evaluate.Metric):
+class FeatureMetric(CheckedMetric):
     """A metric on features of images from several sources: columns `features`, `source` and `class_label`.
 
-    A subclass names its sources, describes itself, and measures; made directly, none of them needs a network.
+    A subclass names its sources, describes itself, and measures: `measure` takes the `Rows` of each source by name and
+    the options. Made directly, none of them needs a network.
     """
 
     SOURCES: tuple[str, ...] = ()
@@ -76,29 +78,31 @@ class FeatureMetric(evaluate.Metric):
         self,
         *,
         features: Any = None,
-        source: Sequence[str] | None = None,
-        class_label: Sequence[str] | None = None,
-        **_: Any,
+        source: Sequence[str] | np.ndarray | None = None,
+        class_label: Sequence[str | None] | np.ndarray | None = None,
+        **unknown: Any,
     ) -> None:
         """Add rows to the file on disk.
 
         Raises:
-            InputError: If shapes do not belong together, a value is not finite, or a source is not one of the metric's.
+            InputError: If shapes do not belong together, a value is not finite, a source is not one of the metric's, or
+                there is no column of a name.
         """
+        refuse_unknown(self.name, unknown, self.features)
         values = np.ascontiguousarray(features, dtype=np.float32)
         if values.ndim != 2 or not values.shape[1]:
             raise InputError(f"`features` has the shape {values.shape}; give (images, dimensions).")
         if not np.isfinite(values).all():
             raise InputError("`features` holds values that are not finite; look at the encoder that made them.")
-        sources = list(source or ())
-        labels = [None] * len(values) if class_label is None else [str(label) for label in class_label]
+        sources = texts(() if source is None else source)
+        labels = [None] * len(values) if class_label is None else texts(class_label)
         if not len(values) == len(sources) == len(labels):
             raise InputError(
                 f"`features` has {len(values)} rows, `source` {len(sources)} and `class_label` {len(labels)}; "
                 "give one of each for every image."
             )
-        if unknown := sorted(set(map(str, sources)) - set(self.SOURCES)):
-            raise InputError(f"`source` holds {unknown[0]!r}; {self.name} knows {', '.join(map(repr, self.SOURCES))}.")
+        if foreign := sorted(set(map(str, sources)) - set(self.SOURCES)):
+            raise InputError(f"`source` holds {foreign[0]!r}; {self.name} knows {', '.join(map(repr, self.SOURCES))}.")
         if self.writer is None:
             self.selected_feature_format = self.features
             self._init_writer()
@@ -113,12 +117,13 @@ class FeatureMetric(evaluate.Metric):
             )
         )
 
-    def add(self, *, features: Any = None, source: Any = None, class_label: Any = None, **_: Any) -> None:
+    def add(self, *, features: Any = None, source: Any = None, class_label: Any = None, **unknown: Any) -> None:
         """Add one image: features of shape `(d,)`, its source and its class; errors as in `add_batch`."""
         self.add_batch(
             features=np.asarray(features)[None],
             source=[source],
             class_label=None if class_label is None else [class_label],
+            **unknown,
         )
 
     def _compute(self, *, features: Any, source: Any, class_label: Any, **options: Any) -> dict[str, Any]:
@@ -126,10 +131,6 @@ class FeatureMetric(evaluate.Metric):
         with TemporaryDirectory(dir=self.data_dir) as folder:
             columns = {"features": features, "source": source, "class_label": class_label}
             return self.measure(self._rows(columns, Path(folder)), **options)
-
-    def measure(self, rows: dict[str, Rows], **options: Any) -> dict[str, Any]:
-        """Compute the results from the rows of each source; options and results are in `inputs_description`."""
-        raise NotImplementedError
 
     def _batches(self, columns: dict[str, Any]) -> Iterator[Any]:
         """Record batches of all rows; the file is read and not mapped, so that its pages do not count as memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pathalign.evaluate.explained import LEAST_OF_A_KIND
 from pathalign.evaluate.figures import CURVES, SET_TITLES
 from pathalign.evaluate.page import (
     NOT_MEASURED,
@@ -17,6 +18,13 @@ from pathalign.evaluate.page import (
     points,
 )
 
+VERDICTS = {
+    "clear": "▼ clear",
+    "chance": "may be chance",
+    "open": "may be chance or not: the interval takes the images as given",
+    "no interval": "no interval",
+}
+
 
 def worse(metrics: dict[str, Any]) -> Table:
     """Every figure that is worse after than before."""
@@ -27,15 +35,16 @@ def worse(metrics: dict[str, Any]) -> Table:
                 Cell(number(row["before"])),
                 Cell(number(row["after"])),
                 Cell(f"{row['difference']:+.3f}", interval_text(row["interval"])),
-                Cell("▼ clear" if row["notable"] else "may be chance"),
+                Cell(VERDICTS[row["verdict"]]),
             ),
         )
         for row in metrics["worse"]
     ]
     level = percent(metrics["confidence"], 0)
     caption = (
-        f"Every figure that is worse after than before. “Clear”: the paired {level} interval excludes "
-        "0, or, where there is none, the loss exceeds 5 points (5 % for distances). The rest may be chance."
+        f"Every figure that is worse after than before. “Clear”: the paired {level} interval excludes 0. An interval "
+        "that takes the images as given is too narrow to say so; without an interval, look how far apart the sets are "
+        "in the table of all metrics."
     )
     return Table(caption, ("Figure", "Before", "After", "Change", "Verdict"), rows, text_columns=(4,))
 
@@ -54,8 +63,9 @@ def gains(metrics: dict[str, Any], titles: dict[str, str]) -> Table | None:
         if any(key in found for found in over.values())
     ]
     caption = (
-        f"Change in percentage points, with the {percent(metrics['confidence'], 0)} interval over pairs of the same "
-        "seed. An interval that holds 0 leaves open whether anything changed."
+        f"Change in percentage points, with the {percent(metrics['confidence'], 0)} interval over pairs: of the same "
+        "real image for recall, coverage and usefulness, of the same seed for all others. An interval that holds 0 "
+        "leaves open whether anything changed."
     )
     return Table(caption, ("Metric", "After less before", "After less control"), rows) if rows else None
 
@@ -125,7 +135,8 @@ def skill(metrics: dict[str, Any]) -> Table | None:
     ]
     caption = (
         "The rewards of the criteria on held-out grades. ROC AUC: of an image that met the criterion and one that "
-        "failed it, how often the first has the higher reward; 0.5 is a coin, 1 always."
+        "failed it, how often the first has the higher reward; 0.5 is a coin, 1 always. Not measured where fewer than "
+        f"{LEAST_OF_A_KIND} images failed it, or met it."
     )
     return Table(caption, ("Criterion", "ROC AUC", "Failed", "Graded"), rows)
 
@@ -148,9 +159,11 @@ def _grouped(metrics: dict[str, Any], group: str, key: str, heading: str, text: 
 
 def reward_model(metrics: dict[str, Any]) -> Table | None:
     """What the reward stage measured on held-out grades; None if there is nothing."""
-    measured = {name: value for name, value in sorted(metrics["reward"].items()) if isinstance(value, int | float)}
-    rows = [TableRow(name, [measured_cell(measured, name, count=None)]) for name in measured]
-    return Table("The reward model on held-out grades.", ("Figure", "Value"), rows) if rows else None
+    measured = metrics["reward"]
+    names = sorted(name for name, value in measured.items() if isinstance(value, int | float))
+    rows = [TableRow(name, [measured_cell(measured, name, f"{name}_ci", count=None)]) for name in names]
+    caption = "The reward model on held-out grades, with the 95 % interval of ROC AUC."
+    return Table(caption, ("Figure", "Value"), rows) if rows else None
 
 
 def checks(training: dict[str, Any]) -> Table:

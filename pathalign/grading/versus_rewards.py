@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
-import torch
+from accelerate import PartialState
+from torch import Tensor
 
 from pathalign.grading.versus import CACHED_DRAWS, Comparison
 from pathalign.images import to_pixel_values
@@ -30,7 +32,8 @@ class ComparisonRewards:
     Args:
         comparison: Draws the images.
         reward_model: Folder or Hub id.
-        around: Wraps the functions that compute, such as `spaces.GPU`.
+        around: Wraps the functions that compute, such as `spaces.GPU`. Images are drawn before, by the comparison's
+            own wrapped function: what it has drawn is not drawn again, and no GPU is asked for within another's time.
 
     Raises:
         InputError: If the model cannot be loaded, or lacks a class of the comparison.
@@ -43,7 +46,7 @@ class ComparisonRewards:
         around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda compute: compute,
     ) -> None:
         self._comparison = comparison
-        self._model = load_reward_model(reward_model).eval()
+        self._model = load_reward_model(reward_model).to(PartialState().device).eval()
         unknown = sorted(set(comparison.class_names) - set(self._model.config.class_names))
         if unknown:
             raise InputError(
@@ -51,8 +54,9 @@ class ComparisonRewards:
                 f"{self._model.config.class_names}. Name one that was trained for these models."
             )
         self.criteria = tuple(self._model.config.criteria)
-        self.rewards = lru_cache(CACHED_DRAWS)(around(self._rewards))
-        self.looks = lru_cache(CACHED_DRAWS)(around(self._looks))
+        self._judge, self._explain = around(self._judge_images), around(self._explain_images)
+        self.rewards = lru_cache(CACHED_DRAWS)(self._rewards)
+        self.looks = lru_cache(CACHED_DRAWS)(self._looks)
 
     @property
     def cannot_look(self) -> str:
@@ -65,11 +69,7 @@ class ComparisonRewards:
 
     def _rewards(self, class_label: str, seeds: tuple[int, ...]) -> dict[str, list[Rewards]]:
         """Role -> rewards of the images that the comparison draws for these seeds."""
-        ids = self._model.class_ids([class_label] * len(seeds))
-        found = {}
-        for role, images in self._comparison.draw(class_label, seeds).items():
-            parts = reward_parts(self._model, to_pixel_values(images), ids).tolist()
-            found[role] = [Rewards(reward, tuple(criteria)) for reward, *criteria in parts]
+        found: dict[str, list[Rewards]] = self._judge(class_label, self._comparison.draw(class_label, seeds))
         return found
 
     def _looks(self, class_label: str, seeds: tuple[int, ...]) -> dict[str, list[bytes]]:
@@ -78,10 +78,21 @@ class ComparisonRewards:
         Raises:
             InputError: If Captum is not installed.
         """
-        drawn = self._comparison.draw(class_label, seeds)
-        pictures = [image.permute(1, 2, 0).numpy() for image in torch.cat(list(drawn.values()))]
+        found: dict[str, list[bytes]] = self._explain(class_label, self._comparison.draw(class_label, seeds))
+        return found
+
+    def _judge_images(self, class_label: str, drawn: dict[str, Tensor]) -> dict[str, list[Rewards]]:
+        found = {}
+        for role, images in drawn.items():
+            ids = self._model.class_ids([class_label] * len(images)).to(self._model.device)
+            parts = reward_parts(self._model, to_pixel_values(images).to(self._model.device), ids).tolist()
+            found[role] = [Rewards(reward, tuple(criteria)) for reward, *criteria in parts]
+        return found
+
+    def _explain_images(self, class_label: str, drawn: dict[str, Tensor]) -> dict[str, list[bytes]]:
+        pictures = [image.permute(1, 2, 0).numpy() for images in drawn.values() for image in images]
         found = explain(self._model, pictures, class_label)
-        shown = [
-            overlay(picture, saliency, found.scale) for picture, saliency in zip(pictures, found.saliency, strict=True)
-        ]
-        return {role: shown[place * len(seeds) :][: len(seeds)] for place, role in enumerate(drawn)}
+        shown = iter(
+            [overlay(image, saliency, found.scale) for image, saliency in zip(pictures, found.saliency, strict=True)]
+        )
+        return {role: list(islice(shown, len(images))) for role, images in drawn.items()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import expit
 
 from pathalign.images import ImageSet, to_pixel_values
 from pathalign.reward.image_processing_reward import resize
@@ -18,7 +19,8 @@ class Opinions:
     """What an ensemble says.
 
     Attributes:
-        probabilities: Shape `(members, n)`, float64, calibrated probability of plausible; one row a member.
+        probabilities: Shape `(members, n)`, float64, each member's probability of plausible, at the temperature of the
+            mean of all members of its model. Only that mean is calibrated: single members are not.
         features: Shape `(n, d)`, float64: of all encoders side by side, each divided by its root mean square norm, so
             that none outweighs the others in a distance.
     """
@@ -56,4 +58,4 @@ def _opinions(model: RewardModel, images: ImageSet, batch_size: int) -> tuple[np
         for kept, own in zip(features, seen, strict=True):
             kept.append(own.double().cpu().numpy())
     scaled = np.concatenate(logits, axis=1) / model.config.temperature
-    return 1 / (1 + np.exp(-scaled)), [np.concatenate(kept) for kept in features]
+    return expit(scaled), [np.concatenate(kept) for kept in features]

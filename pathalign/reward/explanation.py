@@ -25,7 +25,7 @@ from pathalign.reward.image_processing_reward import RewardImageProcessor, load_
 from pathalign.reward.modeling_reward import RewardModel
 from pathalign.schema import InputError
 
-STEPS = 64  # of the integral; the parts then miss the whole by less than a hundredth
+STEPS = 64  # of the integral; the parts then miss the whole by 0.02 log-odds in the mean, by 6 % at worst
 SMOOTHING = 1 / 16  # standard deviation of the smoothing, as a part of the image's width
 RAISES, LOWERS = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's blue and vermilion, told apart by the colour-blind too
 OUTLINED = 0.5  # of the full colour: what reaches that gets a line around it

@@ -42,7 +42,9 @@ class EvaluateConfig(StageConfig):
         holds=ADAPTER,
     )
     encoder: str = option(
-        "efficientnet-lite0", "Image encoder; its features carry fidelity and usefulness.", holds=BACKBONE
+        "efficientnet-lite0",
+        "Image encoder; its features carry fidelity, memorization, authenticity and usefulness.",
+        holds=BACKBONE,
     )
     trust_remote_code: bool = option(
         False, "Run code that the repo of `encoder` brings; `encoder` must then be OWNER/NAME@COMMIT."
@@ -51,7 +53,7 @@ class EvaluateConfig(StageConfig):
         None, "Folder where features of images are kept for other evaluations; by default they are thrown away."
     )
     neighbours: int = option(
-        5, "Nearest neighbours of precision, recall, density and coverage.", minimum=1, maximum=100
+        5, "Nearest neighbours of precision, recall, density, coverage and beta-recall.", minimum=1, maximum=100
     )
     bootstrap_samples: int = option(2000, "Resamples behind each bootstrap interval.", minimum=100)
     confidence: float = option(0.95, "Confidence of all intervals.", minimum=0.5, maximum=0.999)

@@ -1,6 +1,6 @@
 """Compare candidate sets from before and after the alignment with real images.
 
-    accelerate launch training/evaluate.py --config training/configs/smoke/evaluate.yaml
+    accelerate launch training/run_evaluation.py --config training/configs/smoke/evaluate.yaml
 
 Needs candidate sets made with the same seeds, a judge and real images. Hardware: one CPU core.
 Writes metrics.json, report.html and its figures;
