@@ -52,7 +52,7 @@ TINY = {
     "sample": {"images_per_class": 8, "inference_steps": 2, "batch_size": 12, "best_of_n": {"best_of": 2}},
     "evaluate": {"bootstrap_samples": 100},
 }
-ASKED_FOR = {"held_out_reward"}  # by methods that others watch
+ASKED_FOR = {"held_out_reward", "selection"}  # by methods that others watch; to replay what is graded
 FOLDERS = [step.folder for stage in STAGES for step in stage.steps if step.folder not in ASKED_FOR]
 
 

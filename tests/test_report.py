@@ -252,7 +252,7 @@ def test_every_figure_is_shown_with_its_interval_and_number_of_images(rendered):
     ):
         assert expected in text
     assert outline.text.count("not measured") == 2  # what the judge says of a criterion that only the reward model has
-    assert "-0.100 -0.200 to -0.050 may be chance or not: the interval takes the images as given" in text
+    assert "-0.100 -0.200 to -0.050 may be chance or not the interval takes the images as given" in text
     assert "+0.600 no interval" in text
     assert "▼ clear" in text and "✗ near-copy" in text and "✓ no near-copy" in text and "fails nucleus" in text
     assert text.count(DISCLAIMER) == 2 and "phantom" not in text

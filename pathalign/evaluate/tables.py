@@ -19,10 +19,10 @@ from pathalign.evaluate.page import (
 )
 
 VERDICTS = {
-    "clear": "▼ clear",
-    "chance": "may be chance",
-    "open": "may be chance or not: the interval takes the images as given",
-    "no interval": "no interval",
+    "clear": Cell("▼ clear"),
+    "chance": Cell("may be chance"),
+    "open": Cell("may be chance or not", "the interval takes the images as given"),
+    "no interval": Cell("no interval"),
 }
 
 
@@ -35,7 +35,7 @@ def worse(metrics: dict[str, Any]) -> Table:
                 Cell(number(row["before"])),
                 Cell(number(row["after"])),
                 Cell(f"{row['difference']:+.3f}", interval_text(row["interval"])),
-                Cell(VERDICTS[row["verdict"]]),
+                VERDICTS[row["verdict"]],
             ),
         )
         for row in metrics["worse"]
@@ -65,7 +65,8 @@ def gains(metrics: dict[str, Any], titles: dict[str, str]) -> Table | None:
     caption = (
         f"Change in percentage points, with the {percent(metrics['confidence'], 0)} interval over pairs: of the same "
         "real image for recall, coverage and usefulness, of the same seed for all others. An interval that holds 0 "
-        "leaves open whether anything changed."
+        "leaves open whether anything changed; those over real images take the generated ones as given and are too "
+        "narrow."
     )
     return Table(caption, ("Metric", "After less before", "After less control"), rows) if rows else None
 
