@@ -115,9 +115,14 @@ def main_table(experiment: Experiment, summaries: Summaries) -> Table:
         experiment,
         summaries,
         experiment.show,
-        f"Mean over the seeds {', '.join(map(str, experiment.seeds))}{_which_interval(experiment)}, and the difference "
+        f"{_which_seeds(experiment)}{_which_interval(experiment)}, and the difference "
         f"from “{experiment.arm(experiment.against).title}”, seed by seed (* its interval excludes 0).",
     )
+
+
+def _which_seeds(experiment: Experiment) -> str:
+    first, *others = map(str, experiment.seeds)
+    return f"Mean over the seeds {', '.join([first, *others])}" if others else f"Seed {first}"
 
 
 def _which_interval(experiment: Experiment) -> str:
@@ -266,7 +271,7 @@ def _charts(
         chart = figures.draw(folder / "curve", lambda axes: curve(axes, experiment, summaries, name))
     else:
         chart = figures.draw(folder / "arms", lambda axes: points(axes, experiment, summaries, name))
-    caption = f"{title}: mean over the seeds{_which_interval(experiment)}; small marks are single seeds."
+    caption = f"{title}. {_which_seeds(experiment)}{_which_interval(experiment)}; small marks are single seeds."
     found = [{"chart": chart, "alt": f"{title} of each arm; the numbers are in the table", "caption": caption}]
     if experiment.measure == "checks":
         for seed in experiment.seeds:
