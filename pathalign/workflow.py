@@ -293,8 +293,9 @@ def execute(
             place = f"[{number}/{len(jobs)}]"
             look = new_grades and job.stage.name == "grade"
             others = None if start and number > first else reuse  # what is asked for is made, not taken over
-            with shared(others, _key(job, contents)):
-                results.append(_execute(job, place, ledger, contents, job.step.folder in held, look, others))
+            key = _key(job, contents)
+            with shared(others, key):
+                results.append(_execute(job, key, place, ledger, contents, job.step.folder in held, look, others))
         ledger.forced_from = None
         ledger.save()
     return results
@@ -326,6 +327,7 @@ def _held_by_graders(jobs: list[Job], ledger: Ledger) -> set[str]:
 
 def _execute(
     job: Job,
+    key: str,
     place: str,
     ledger: Ledger,
     contents: dict[str, str],
@@ -336,7 +338,7 @@ def _execute(
     """Make a folder, or keep it if it is as it was made; one of `again` is made anew, and its old state known if that
     fails.
     """
-    name, key = job.step.folder, _key(job, contents)
+    name = job.step.folder
     kept = None if again else ledger.content(job, key) or (ledger.content(job) if held else None)
     taken = ledger.take_over(job, key, run_dirs(reuse)) if reuse and kept is None and not again else None
     if kept is not None and ledger.steps[name]["key"] != key:

@@ -71,6 +71,18 @@ def test_every_experiment_of_the_package_can_be_planned_at_both_scales(tmp_path)
                     assert any(job.stage.name == arm.until for job in jobs), (name, arm.name)
 
 
+def test_every_figure_that_a_recipe_shows_has_a_title_for_readers():
+    for name in recipe.names():
+        for figure in recipe.load(name).show:
+            title, share = page.title_of(figure)
+            assert title != figure.replace("_", " ") or figure.startswith("plausible_share of"), figure
+            assert (
+                share
+                or figure in ("density", "kid", "marks", "reward_first", "reward_last", "kept_epoch")
+                or (figure.startswith("roc_auc"))
+            ), figure
+
+
 def test_an_arm_with_another_method_leaves_the_recipes_settings_of_its_own_one_behind(tmp_path):
     settings = {"align": {"lora_rank": 2}}
     experiment = load(tmp_path, settings=settings, arms={**ARMS, "draft": {"settings": {"align": {"method": "draft"}}}})

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from sklearn.metrics import f1_score, recall_score, roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score
 
 from pathalign.config import read_yaml
 from pathalign.evaluate import alignment, utility
@@ -19,7 +19,9 @@ from pathalign.evaluate.report import ROWS
 from pathalign.experiments.recipe import CONFIG_NAME, Arm, Experiment, features_of
 from pathalign.grading.simulated import SimulatedGrader
 from pathalign.images import ImageSet
+from pathalign.remote import parse
 from pathalign.reward import load_reward_model
+from pathalign.reward.calibration import roc_auc_interval
 from pathalign.reward.encoders import load_encoder
 from pathalign.schema import InputError, RunRecord
 
@@ -33,6 +35,12 @@ class Figure:
     value: float
     interval: list[float] | None = None
     n: int | None = None
+
+
+def proportion(right: np.ndarray) -> Figure:
+    """Share of true values of shape `(n,)`, with its Wilson interval."""
+    share = alignment.share(right, CONFIDENCE, "share")
+    return Figure(share["share"], share["share_ci"], len(right))
 
 
 @dataclass(frozen=True)
@@ -106,17 +114,10 @@ def reward_ranking(place: Place) -> dict[str, Figure]:
     found = {}
     for name in ("grader", "judge"):
         verdicts = alignment.ask(SimulatedGrader.load(place.first / name), images).plausible
-        draws = _resampled_auc(verdicts, rewards)
         found[f"roc_auc_by_{name}"] = Figure(
-            float(roc_auc_score(verdicts, rewards)), alignment.percentile_interval(draws, CONFIDENCE), len(images)
+            float(roc_auc_score(verdicts, rewards)), roc_auc_interval(rewards, verdicts, seed=0), len(images)
         )
     return found
-
-
-def _resampled_auc(verdicts: np.ndarray, rewards: np.ndarray, samples: int = 500) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    rows = (rng.integers(len(rewards), size=len(rewards)) for _ in range(samples))
-    return np.array([roc_auc_score(verdicts[row], rewards[row]) for row in rows if len(set(verdicts[row])) == 2])
 
 
 def checks(place: Place) -> dict[str, Figure]:
@@ -157,10 +158,9 @@ def rare_class(place: Place) -> dict[str, Figure]:
         if len(rows) < added:
             raise InputError(f"{place.arm.title} has {len(rows)} images of {name}, not {added}; raise `sample`'s.")
         generated = generated.select(rows[:added].tolist())
-    encoder_name = RunRecord.load(place.first / "evaluation").config["encoder"]
-    store = FeatureStore(
-        load_encoder(encoder_name), encoder_name, features_of(place.first.parents[3]), PartialState().device
-    )
+    encoder = parse(RunRecord.load(place.first / "evaluation").config["encoder"])
+    network = load_encoder(encoder.name, revision=encoder.revision)
+    store = FeatureStore(network, str(encoder), features_of(place.first.parents[3]), PartialState().device)
     features = store.features(train.images, "real training images")
     class_ids = train.class_ids.numpy()
     if generated is not None:
@@ -168,19 +168,10 @@ def rare_class(place: Place) -> dict[str, Figure]:
         class_ids = np.concatenate([class_ids, np.full(len(generated), train.class_names.index(name))])
     predicted = utility.predict_real(features, class_ids, store.features(test.images, "real test images"))
     true, rare = test.class_ids.numpy(), test.class_names.index(name)
-    of_class = true == rare
-    hits = predicted[of_class] == rare
-    correct = predicted == true
     return {
-        "class_recall": Figure(
-            float(recall_score(true, predicted, labels=[rare], average="macro")),
-            alignment.wilson(int(hits.sum()), len(hits), CONFIDENCE),
-            len(hits),
-        ),
+        "class_recall": proportion(predicted[true == rare] == rare),
         "f1": Figure(float(f1_score(true, predicted, labels=[rare], average="macro")), None, len(true)),
-        "accuracy": Figure(
-            float(correct.mean()), alignment.wilson(int(correct.sum()), len(correct), CONFIDENCE), len(correct)
-        ),
+        "accuracy": proportion(predicted == true),
         "added": Figure(0 if generated is None else len(generated)),
         "real_of_class": Figure(int((train.class_ids == rare).sum())),
     }

@@ -12,7 +12,17 @@ from matplotlib.axes import Axes
 
 from pathalign.evaluate import figures
 from pathalign.evaluate.glossary import terms
-from pathalign.evaluate.page import Cell, Table, TableRow, number, write_page
+from pathalign.evaluate.page import (
+    NOT_MEASURED,
+    Cell,
+    Table,
+    TableRow,
+    interval_text,
+    number,
+    percent,
+    write_page,
+)
+from pathalign.evaluate.page import points as percentage_points
 from pathalign.evaluate.report import ROWS
 from pathalign.experiments.measures import CONFIDENCE, Place, last_round, training_of
 from pathalign.experiments.recipe import Arm, Experiment
@@ -37,10 +47,11 @@ TITLES = {
     "subtype_judge_on_real": ("Subtype judge on unseen real cells", True),
     "subtype_judge_balanced": ("the same, mean over subtypes", True),
     "marks": ("Marks", False),
+    "class_recall": ("Cells of the class that are found", True),
     "f1": ("F1", True),
     "accuracy": ("Accuracy, all classes", True),
 }
-LINES = {"judge_share": ("judge's plausible share", "-"), "reward": ("reward", "--")}
+LINES = {"judge_share": "-", "reward": "--"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080")
 MARKERS = "os^DvPX"
 CLASS_PREFIX = "plausible share of "
@@ -61,17 +72,15 @@ def title_of(name: str) -> tuple[str, bool]:
 def text(value: float, share: bool, sign: bool = False) -> str:
     """A share in percent, or a number."""
     if share:
-        return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f} %"
+        return percentage_points(value) if sign else percent(value)
     return f"{value:+.3f}" if sign else str(int(value)) if value == int(value) else number(value)
 
 
 def span(interval: list[float] | None, share: bool, difference: bool = False) -> str:
     """`low to high`, or nothing; a share's stays within 0 to 100 %, as Student's t does not know."""
-    if interval is None:
-        return ""
-    if share and not difference:
+    if interval and share and not difference:
         interval = np.clip(interval, 0, 1).tolist()
-    return " to ".join(f"{100 * end:.1f}" if share else f"{end:.3f}" for end in interval)
+    return interval_text(interval, 100 if share else 1)
 
 
 def answers(experiment: Experiment, summaries: Summaries) -> list[str]:
@@ -166,7 +175,7 @@ def _table(
 
 def _cell(summary: Summary | None, share: bool) -> Cell:
     if summary is None:
-        return Cell("not measured")
+        return Cell(NOT_MEASURED)
     below = span(summary.interval, share)
     if summary.difference is not None:
         below += f"{'; ' if below else ''}{text(summary.difference, share, sign=True)}{'*' if summary.clear else ''}"
@@ -308,6 +317,7 @@ def curve(axes: Axes, experiment: Experiment, summaries: Summaries, name: str) -
     lines = dict.fromkeys(arm.line for arm in arms if arm.x is not None)
     last = max(arm.x for arm in arms if arm.x is not None)
     for index, line in enumerate(lines):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         on_it = sorted((arm for arm in arms if arm.x is not None and arm.line == line), key=lambda arm: arm.x or 0)
         if index:  # curves end where all grades are used, whichever came first
             on_it += [arm for arm in arms if arm.x == last and arm.line != line]
@@ -315,18 +325,10 @@ def curve(axes: Axes, experiment: Experiment, summaries: Summaries, name: str) -
         x, y = [arm.x or 0 for arm in on_it], scale * np.array([summary.mean for summary in found])
         ends = np.array([summary.interval or [summary.mean] * 2 for summary in found])
         reach = np.abs(scale * ends.T - y)
-        axes.errorbar(
-            x,
-            y,
-            yerr=reach,
-            capsize=3,
-            label=line or None,
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-        )
+        axes.errorbar(x, y, yerr=reach, capsize=3, label=line or None, color=colour, marker=marker)
         for place, summary in zip(x, found, strict=True):
             seeds = scale * np.array(summary.by_seed)
-            axes.plot([place] * len(seeds), seeds, ".", color=COLOURS[index % len(COLOURS)], alpha=0.5)
+            axes.plot([place] * len(seeds), seeds, ".", color=colour, alpha=0.5)
     for index, arm in enumerate(arm for arm in arms if arm.x is None):
         style = ("--", ":", "-.")[index % 3]
         axes.axhline(scale * summaries[arm.name][name].mean, linestyle=style, color=COLOURS[6], label=arm.title)
@@ -340,12 +342,13 @@ def curve(axes: Axes, experiment: Experiment, summaries: Summaries, name: str) -
 def trained(axes: Axes, trainings: dict[str, dict[str, Any]]) -> None:
     """Judge's share and reward at each check of each arm's training; a dot marks what was kept."""
     for index, (arm, training) in enumerate(trainings.items()):
-        for key, (_, style) in LINES.items():
+        colour = COLOURS[index % len(COLOURS)]
+        for key, style in LINES.items():
             rows = [(row["epoch"], row[key]) for row in training["checks"]]
             label = arm if key == "judge_share" else None
-            axes.plot(*zip(*rows, strict=True), linestyle=style, color=COLOURS[index % len(COLOURS)], label=label)
+            axes.plot(*zip(*rows, strict=True), linestyle=style, color=colour, label=label)
             kept = [pair for pair in rows if pair[0] == training["kept_epoch"]]
-            axes.plot(*zip(*kept, strict=True), "o", color=COLOURS[index % len(COLOURS)])
+            axes.plot(*zip(*kept, strict=True), "o", color=colour)
     axes.set_xlabel("epochs")
     axes.set_ylabel("mean over the check's images")
     axes.grid(axis="y", alpha=0.25)

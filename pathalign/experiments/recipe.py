@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -187,13 +187,15 @@ def _build(name: str, values: Mapping[str, Any], title: str) -> Experiment:
     running = [arm.name for arm in arms if arm.runs]
     if not arms[0].runs:
         problems.append(f"the first arm, `{arms[0].name}`, must have a run of its own; it has `set: {arms[0].set}`.")
-    arms = [arm if arm.of else Arm(**{**vars(arm), "of": arms[0].name}) for arm in arms]
+    arms = [arm if arm.of else replace(arm, of=arms[0].name) for arm in arms]
     problems += [
         f"`arms.{arm.name}.of`: {unknown_choice('of', arm.of, running)}" for arm in arms if arm.of not in running
     ]
-    against = values.get("against", arms[0].name)
+    against, base = values.get("against", arms[0].name), values.get("base", "demo_real")
+    measured, options = values.get("measure", MEASURES[0]), values.get("options") or {}
     for key, value, choices in (
-        ("measure", values.get("measure", MEASURES[0]), MEASURES),
+        ("measure", measured, MEASURES),
+        ("base", base, BASES),
         ("against", against, [arm.name for arm in arms]),
     ):
         if value not in choices:
@@ -201,7 +203,6 @@ def _build(name: str, values: Mapping[str, Any], title: str) -> Experiment:
     for key in ("show", "notes"):
         if not isinstance(values.get(key, []), list):
             problems.append(f"`{key}` is {values[key]!r}; give a list.")
-    measured, options = values.get("measure", MEASURES[0]), values.get("options") or {}
     if measured in OPTIONS and set(options) != set(OPTIONS[measured]):
         wanted = ", ".join(OPTIONS[measured]) or "nothing"
         problems.append(f"`options` has {', '.join(options) or 'nothing'}; the measure {measured} wants {wanted}.")
@@ -211,8 +212,6 @@ def _build(name: str, values: Mapping[str, Any], title: str) -> Experiment:
             for arm in arms
             if arm.runs and arm.until != "evaluate"
         ]
-    if values.get("base", "demo_real") not in BASES:
-        problems.append(unknown_choice("base", values["base"], BASES))
     if name == FEATURES:
         problems.append(f"an experiment cannot be called {FEATURES}: the folder of that name holds image features.")
     seeds = values.get("seeds", [0])
@@ -225,16 +224,16 @@ def _build(name: str, values: Mapping[str, Any], title: str) -> Experiment:
         name=name,
         title=values["title"],
         question=values["question"],
-        base=values.get("base", "demo_real"),
+        base=base,
         seeds=tuple(dict.fromkeys(seeds)),
         settings=values.get("settings") or {},
         arms=tuple(arms),
-        measure=values.get("measure", MEASURES[0]),
+        measure=measured,
         show=tuple(values["show"]),
         against=against,
         axis=values.get("axis", ""),
         notes=tuple(values.get("notes") or ()),
-        options=values.get("options") or {},
+        options=options,
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +20,7 @@ from torch import Tensor, nn
 
 from pathalign.artefacts import fingerprint, write_atomically
 from pathalign.augment import ORIENTATIONS, orient, random_exposure, random_orientations, random_shifts
-from pathalign.evaluate import alignment
-from pathalign.experiments.measures import CONFIDENCE, Figure, Place, evaluation, last_round
+from pathalign.experiments.measures import Figure, Place, evaluation, last_round, proportion
 from pathalign.generate import generate
 from pathalign.images import ImageSet, to_pixel_values
 from pathalign.progress import Progress
@@ -149,18 +147,18 @@ def concepts(place: Place) -> dict[str, Figure]:
     images = _drawn(place, names)
     wanted = torch.tensor([split.names.index(subtypes[names.index(name)]) for name in images.columns["concept"]])
     right = judge.shares(images.images).argmax(1) == wanted
-    found["subtype_right"] = _share(right)
+    found["subtype_right"] = proportion(right.numpy())
     for index, name in enumerate(split.names):
         if (wanted == index).any():  # a subtype with too few marks made no class
-            found[f"subtype_right of {name}"] = _share(right[wanted == index])
+            found[f"subtype_right of {name}"] = proportion(right[wanted == index].numpy())
     unseen = halves(ImageSet.load(data, "test"))[1]
     ids = split.ids(unseen)
     shares = judge.shares(unseen.select(ids >= 0).images)
     ids = ids[ids >= 0]
     known = shares.argmax(1) == ids
-    found["subtype_judge_on_real"] = _share(known)
+    found["subtype_judge_on_real"] = proportion(known.numpy())
     for index, name in enumerate(split.names):
-        found[f"subtype_judge_on_real of {name}"] = _share(known[ids == index])
+        found[f"subtype_judge_on_real of {name}"] = proportion(known[ids == index].numpy())
     balanced = np.mean([found[f"subtype_judge_on_real of {name}"].value for name in split.names])
     found["subtype_judge_balanced"] = Figure(float(balanced), None, len(ids))
     if len(split.names) == 2:
@@ -185,8 +183,3 @@ def _drawn(place: Place, names: list[str]) -> ImageSet:
         )
         generate(config, folder)
     return ImageSet.load(folder)
-
-
-def _share(right: Tensor) -> Figure:
-    interval: Any = alignment.wilson(int(right.sum()), len(right), CONFIDENCE)
-    return Figure(float(right.float().mean()), interval, len(right))
