@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from pathalign.artefacts import artefact, partial_dir
 from pathalign.config import ConfigError
 from pathalign.diffusion import lora
+from pathalign.diffusion.conditioning import conditioning_for
+from pathalign.diffusion.denoiser import Denoiser
 from pathalign.diffusion.pipeline import CONCEPT_WEIGHTS, CONCEPTS_KEY, ClassConditionalPipeline, base_hash
 from pathalign.generate import generate, load_pipeline, sample
 from pathalign.grading.simulated import class_ids_for
@@ -32,10 +34,11 @@ from pathalign.settings.generate import GenerateConfig
 from pathalign.settings.subtypes import SubtypeRule, subtype_rule
 from pathalign.trainers import concepts as module
 from pathalign.trainers.concepts import ConceptsTrainer, align
-from pathalign.trainers.marks import Concept, MarkClassifier, collect_marks, predict, surest
+from pathalign.trainers.marks import BlockFeatures, Concept, MarkClassifier, collect_marks, predict, surest
 
 RULES = ["a:shade:dark=black+grey", "a:shade:light=white"]
 NEW = {"dark a": "a", "light a": "a"}
+POOL = ("marked", "recognised_real", "recognised_drawn")
 SMALL: dict[str, Any] = {
     "subtypes": RULES,
     "images_per_class": 4,
@@ -127,16 +130,30 @@ def base() -> ClassConditionalPipeline:
 
 
 def test_a_concept_without_noise_draws_as_its_parent_and_takes_the_place_of_no_class_away_from_nobody(base):
-    plain, guided = drawn(base, ["b", "c"]), drawn(base, ["b", "c"], guidance_scale=3.0)
+    plain = drawn(base, ["b", "c"])
+    guided = {
+        "b": drawn(base, ["b", "c"], guidance_scale=3.0),
+        "new b": plain,
+    }  # a concept is guided away from its parent
     lora.attach(base.unet, 2, 2, True, seeded(0, 0))
     lora.add_concepts(base, {"new b": "b", "new c": "c"}, noise=0.0, generator=seeded(0, 1))
     assert base.class_names == ["a", "b", "c", "new b", "new c"] and base.concepts == {"new b": "b", "new c": "c"}
     assert base.class_ids(["c", "new b"]).tolist() == [2, 3]
     for labels in (["b", "c"], ["new b", "new c"]):
         torch.testing.assert_close(drawn(base, labels), plain, rtol=0, atol=1e-6)
-        torch.testing.assert_close(drawn(base, labels, guidance_scale=3.0), guided, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match=r"'newer b' is not known .* 'new c'"):
+        torch.testing.assert_close(drawn(base, labels, guidance_scale=3.0), guided[labels[0]], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"'newer b' is not known; .* 'new c'"):
         base.class_ids("newer b")
+
+
+def test_guidance_draws_what_sets_a_concept_apart_from_its_parent_in_samplers_and_trainers(base, tmp_path):
+    base.load_lora_weights(save_concepts(tmp_path, base, {"new b": "b"}))
+    sample, timestep, ids = torch.randn(3, 3, 16, 16, generator=seeded(2)), torch.tensor(400), torch.tensor([3, 0, 1])
+    with torch.no_grad():
+        asked, general = (base.predict(sample, timestep, torch.tensor(rows)) for rows in ([3, 0, 1], [1, 4, 4]))
+        expected = general + 2.5 * (asked - general)  # row 4 is "no class"
+        torch.testing.assert_close(base.predict(sample, timestep, ids, 2.5), expected)
+        torch.testing.assert_close(Denoiser(base.unet, conditioning_for(base), 2.5)(sample, timestep, ids), expected)
 
 
 def test_concepts_are_rows_between_the_classes_and_no_class(base):
@@ -273,6 +290,17 @@ def test_real_marks_are_the_attribute_of_the_images_and_no_more_than_are_allowed
     assert few[0].image_ids == few[1].image_ids != few[2].image_ids
 
 
+def test_marks_are_drawn_from_each_subtype_in_turn_so_that_a_rare_one_is_not_outnumbered():
+    real = shaded(240)
+    shades = ["white" if index % 10 == 0 else "black" for index in range(240)]
+    real = replace(real, columns={"shade": shades})
+    counts = []
+    for allowed in (12, 30):  # 8 of the 80 cells of class a are white
+        marks = collect_marks(ConceptsConfig(subtypes=RULES, max_marks=allowed), real, real.class_names)
+        counts.append(torch.bincount(marks.concept_ids).tolist())
+    assert counts == [[6, 6], [22, 8]]
+
+
 def test_marks_of_feedback_count_where_the_image_came_out_plausible(tmp_path):
     real = shaded()
     columns = {"majority": [index % 2 == 0 for index in range(48)], "subtype": ["dark", "light", "light", ""] * 12}
@@ -298,6 +326,31 @@ def test_a_class_is_split_only_in_two_and_by_enough_marks():
     for rule, message in (("z:shade:x=y", "the class 'z'"), ("a:colour:x=y", r"'colour', which .* has \['shade'\]")):
         with pytest.raises(InputError, match=message):
             collect_marks(ConceptsConfig(subtypes=[rule]), real, real.class_names)
+
+
+class Blocks(nn.Module):
+    """An encoder of two blocks: one gives maps, the other tokens in a tuple, as backbones do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Conv2d(3, 4, 3), nn.ReLU()])
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        maps = self.blocks[0](pixel_values)
+        return self.blocks[1](maps.flatten(2).transpose(1, 2))[:, 0]
+
+
+def test_features_are_the_mean_and_the_spread_of_every_block_beside_the_encoders_own():
+    torch.manual_seed(0)
+    encoder, images = Blocks(), torch.rand(2, 3, 8, 8, requires_grad=True)
+    features = BlockFeatures(encoder)(images)
+    maps = encoder.blocks[0](images).detach().numpy()
+    tokens = np.maximum(maps.reshape(2, 4, 36), 0)
+    expected = [tokens[:, :, 0], maps.mean((2, 3)), maps.std((2, 3)), tokens.mean(2), tokens.std(2)]
+    np.testing.assert_allclose(features.detach(), np.concatenate(expected, axis=1), atol=1e-4)
+    flat = BlockFeatures(encoder)(torch.zeros_like(images).requires_grad_())  # nothing varies
+    assert torch.autograd.grad(features.sum(), images)[0].isfinite().all() and flat.isfinite().all()
+    assert BlockFeatures(Colours())(images).shape == (2, 6)  # no blocks
 
 
 def test_the_classifier_spreads_the_marks_and_says_how_well_it_knows_them():
@@ -378,6 +431,22 @@ def test_new_embeddings_have_a_learning_rate_of_their_own(settings, brightness, 
     assert sum("lora_concepts" in name for name in moved) == 1
 
 
+def test_the_parents_are_held_where_the_base_model_has_them(settings, brightness, tmp_path):
+    real, distances = ImageSet.load(settings["data"]), {}
+    for beta in (0.0, 100.0):
+        config = ConceptsConfig(**settings | {"beta": beta, "steps": 12, "learning_rate": 1e-2})
+        pipeline = load_pipeline(settings["base_model"])
+        marks = collect_marks(config, real, pipeline.class_names)
+        (folder := tmp_path / str(beta)).mkdir()
+        trainer = ConceptsTrainer(pipeline, brightness, real, config, folder, marks)
+        assert trainer.parents_loss(seeded(1)).item() == 0
+        for number in range(config.steps):
+            trainer.step(number)
+        with torch.no_grad():
+            distances[beta] = float(trainer.parents_loss(seeded(1)))
+    assert 0 < distances[100.0] < distances[0.0] / 2
+
+
 def contents(folder: Path) -> tuple[bytes, list[dict], Any]:
     rows = steady_rows(folder, without=SPENT)
     return (folder / lora.WEIGHTS_NAME).read_bytes(), rows, RunRecord.load(folder).metrics
@@ -405,7 +474,7 @@ def test_the_same_call_after_an_interruption_ends_as_a_straight_run(
 
 def test_the_log_the_record_and_the_card_say_what_was_learned(settings, straight):
     rows = log_rows(straight)
-    names = {"step", "loss", "concept_loss", "recognition_loss", "real_loss", "gradient_norm", "learning_rate"}
+    names = {"step", "loss", "concept_loss", "recognition_loss", "parents_loss", "gradient_norm", "learning_rate"}
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and all(set(row) == names | SPENT for row in rows)
     record = RunRecord.load(straight)
     assert record.metrics["class_names"] == ["a", "b", "c", *NEW]
@@ -427,10 +496,23 @@ def test_marks_that_teach_nothing_are_said_to(settings, brightness, tmp_path, ca
     assert "mark more images, or use larger ones" in capsys.readouterr().err
 
 
+def test_unmarked_images_are_learned_from_only_if_the_marks_can_be_told(settings, brightness, tmp_path, capsys):
+    real = ImageSet.load(settings["data"])
+    columns = {"shade": [("black", "white")[int(value) // 12 % 2] for value in real.columns["area"]]}
+    replace(real, columns=columns).save(tmp_path / "data")  # marks at random
+    found = {}
+    for least in (0.8, 0.0):
+        given = settings | {"steps": 1, "data": str(tmp_path / "data"), "max_marks": 8, "least_accuracy": least}
+        found[least] = align(ConceptsConfig(**given), tmp_path / str(least)).metrics
+    assert found[0.8]["marks_cross_validated"]["balanced_accuracy"] < 0.8
+    assert found[0.8]["pool"] == {"marked": 8} and set(found[0.0]["pool"]) == {*POOL}
+    assert capsys.readouterr().err.count("Unmarked images are left out: `least_accuracy` is 80%") == 1
+
+
 def test_marks_alone_are_enough(settings, brightness, tmp_path):
     alone = {"images_per_class": 0, "unmarked_real": False, "steps": 1}
     record = align(ConceptsConfig(**settings | alone), tmp_path / "adapter")
-    assert record.metrics["pool"] == {"marked": 12, "recognised_real": 0, "recognised_drawn": 0}
+    assert record.metrics["pool"] == dict(zip(POOL, (12, 0, 0), strict=True))
 
 
 def test_without_marks_or_with_words_for_classes_nothing_starts(settings, brightness, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ def test_labels_are_names_or_ids(tiny_pipeline: ClassConditionalPipeline):
 
 @pytest.mark.parametrize("label", ["d", 3, -1])
 def test_an_unknown_label_is_refused_with_those_that_are_known(tiny_pipeline: ClassConditionalPipeline, label):
-    with pytest.raises(ValueError, match=r"is not known to this model; use one of \['a', 'b', 'c'\] or 0 to 2"):
+    with pytest.raises(ValueError, match=r"is not known; use one of \['a', 'b', 'c'\] or 0 to 2"):
         tiny_pipeline(["a", label])
 
 

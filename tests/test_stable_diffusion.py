@@ -125,7 +125,9 @@ def test_a_class_is_the_prompt_that_the_template_makes_of_it_and_no_class_the_em
     found = conditioning(torch.tensor([1, 0, 1]))
     assert set(found) == {"encoder_hidden_states"}
     torch.testing.assert_close(found["encoder_hidden_states"], expected[[1, 0, 1]])
-    torch.testing.assert_close(conditioning.unconditional(2)["encoder_hidden_states"], expected[[2, 2]])
+    torch.testing.assert_close(
+        conditioning.unconditional(torch.tensor([0, 1]))["encoder_hidden_states"], expected[[2, 2]]
+    )
     assert not torch.equal(expected[0], expected[1])
     other = load_base(pipeline.name_or_path, None, ["x"], "a {class_name} of {class_name}")
     assert other.prompts() == ["a x of x"]

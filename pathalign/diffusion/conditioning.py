@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pathalign.diffusion.loading import BaseModel
-from pathalign.diffusion.pipeline import ClassConditionalPipeline, no_class_id
+from pathalign.diffusion.pipeline import ClassConditionalPipeline, general_ids, no_class_id
 from pathalign.diffusion.prompted import PromptPipeline
 
 
@@ -26,8 +26,8 @@ class Conditioning(Protocol):
     def __call__(self, class_ids: Tensor) -> dict[str, Tensor | None]:
         """Keyword arguments of the UNet for images of these classes, shape `(n,)`, int64."""
 
-    def unconditional(self, count: int) -> dict[str, Tensor | None]:
-        """The same for `count` images of no class, for classifier-free guidance."""
+    def unconditional(self, class_ids: Tensor) -> dict[str, Tensor | None]:
+        """What classifier-free guidance moves away from for these classes, of the same form."""
 
     def decode(self, sample: Tensor) -> Tensor:
         """What the UNet denoised, `(n, *sample_shape)`, to pixel values `(n, 3, h, w)` near [-1, 1]; differentiable."""
@@ -54,9 +54,9 @@ class ClassConditioning:
         """Keyword arguments of the UNet for images of these classes, shape `(n,)`, int64."""
         return {"encoder_hidden_states": None, "class_labels": class_ids}
 
-    def unconditional(self, count: int) -> dict[str, Tensor | None]:
-        """The same for `count` images of no class."""
-        return self(torch.full((count,), self.no_class_id, device=self.unet.device))
+    def unconditional(self, class_ids: Tensor) -> dict[str, Tensor | None]:
+        """The same for "no class", and for the parents of concepts."""
+        return self(general_ids(self.unet, class_ids))
 
     def decode(self, sample: Tensor) -> Tensor:
         """Pixels are what this UNet denoises."""
@@ -86,9 +86,9 @@ class PromptConditioning:
         """Keyword arguments of the UNet for images of these classes, shape `(n,)`, int64."""
         return {"encoder_hidden_states": self.embeddings[class_ids.to(self.embeddings.device)]}
 
-    def unconditional(self, count: int) -> dict[str, Tensor | None]:
-        """The same for `count` images of no class."""
-        return {"encoder_hidden_states": self.embeddings[-1:].expand(count, -1, -1)}
+    def unconditional(self, class_ids: Tensor) -> dict[str, Tensor | None]:
+        """The same for as many images of no class."""
+        return {"encoder_hidden_states": self.embeddings[-1:].expand(len(class_ids), -1, -1)}
 
     def decode(self, sample: Tensor) -> Tensor:
         """Latents `(n, *sample_shape)` to pixel values `(n, 3, h, w)` near [-1, 1]; differentiable."""

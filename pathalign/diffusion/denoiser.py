@@ -62,5 +62,5 @@ class Denoiser:
             conditional = self.unet(sample, timestep, **self.conditioning(class_ids)).sample
             if self.guidance_scale == 1.0:
                 return conditional.to(sample.dtype)
-            unconditional = self.unet(sample, timestep, **self.conditioning.unconditional(len(sample))).sample
+            unconditional = self.unet(sample, timestep, **self.conditioning.unconditional(class_ids)).sample
         return (unconditional + self.guidance_scale * (conditional - unconditional)).to(sample.dtype)

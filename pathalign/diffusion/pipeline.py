@@ -157,16 +157,11 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
     @property
     def concepts(self) -> dict[str, str]:
         """Concepts of the active adapters -> the classes that they were split off from."""
-        layer, names = self.unet.class_embedding, self.base_class_names
-        parents = layer.parents if isinstance(layer, ConceptEmbedding) else {}
+        parents, names = getattr(self.unet.class_embedding, "parents", {}), self.base_class_names
         return {name: names[parent] for name, parent in parents.items()}
 
     def class_ids(self, class_labels: str | int | Sequence[str | int]) -> torch.Tensor:
-        """Class names or ids to ids, shape `(n,)`, int64.
-
-        Raises:
-            ValueError: If a name or id is not one of the model's.
-        """
+        """Class names or ids to ids, shape `(n,)`, int64; errors as of `label_ids`."""
         return label_ids(class_labels, self.class_names)
 
     def predict(
@@ -178,14 +173,14 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
             sample: Shape `(n, channels, size, size)`.
             timestep: One timestep, or one for each image.
             class_ids: Shape `(n,)`.
-            guidance_scale: 1 asks the conditional model only; above 1 moves away from the class-free prediction.
+            guidance_scale: 1 is none; above 1 moves away from what no class gives, or a concept's parent.
         """
         conditional = self.unet(sample, timestep, encoder_hidden_states=None, class_labels=class_ids).sample
         if guidance_scale == 1.0:
             return conditional
-        no_class = torch.full_like(class_ids, no_class_id(self.unet))
-        unconditional = self.unet(sample, timestep, encoder_hidden_states=None, class_labels=no_class).sample
-        return unconditional + guidance_scale * (conditional - unconditional)
+        others = general_ids(self.unet, class_ids)
+        general = self.unet(sample, timestep, encoder_hidden_states=None, class_labels=others).sample
+        return general + guidance_scale * (conditional - general)
 
     @torch.no_grad()
     def __call__(
@@ -308,6 +303,13 @@ def no_class_id(unet: UNet2DConditionModel) -> int:
     return int(unet.class_embedding.num_embeddings) - 1
 
 
+def general_ids(unet: UNet2DConditionModel, class_ids: torch.Tensor) -> torch.Tensor:
+    """What guidance moves away from, shape `(n,)`: "no class", or the parents of concepts."""
+    parents, no_class = getattr(unet.class_embedding, "parents", {}).values(), no_class_id(unet)
+    table = [no_class] * (no_class - len(parents)) + [*parents, no_class]
+    return torch.tensor(table, device=class_ids.device)[class_ids]
+
+
 def concept_ids(
     named: Sequence[Sequence[str]], class_names: Sequence[str], offsets: torch.Tensor, unet: UNet2DConditionModel
 ) -> list[tuple[str, int]]:
@@ -367,9 +369,7 @@ def label_ids(class_labels: str | int | Sequence[str | int], names: Sequence[str
         elif not isinstance(label, str) and 0 <= int(label) < len(names):
             ids.append(int(label))
         else:
-            raise ValueError(
-                f"Class {label!r} is not known to this model; use one of {list(names)} or 0 to {len(names) - 1}."
-            )
+            raise ValueError(f"Class {label!r} is not known; use one of {list(names)} or 0 to {len(names) - 1}.")
     return torch.tensor(ids, dtype=torch.int64)
 
 

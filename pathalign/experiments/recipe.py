@@ -21,7 +21,7 @@ OPTIONS = {
     "reward_ranking": (),
     "checks": (),
     "rare_class": ("class", "added"),
-    "concepts": ("images",),
+    "concepts": ("images", "guidance_scale"),
 }
 NEED_EVALUATION = ("evaluation", "rare_class", "concepts")
 MEASURES = tuple(OPTIONS)

@@ -132,7 +132,7 @@ def concepts(place: Place) -> dict[str, Figure]:
     """Share of images of the new classes whose subtype the subtype judge finds right, and what bounds it.
 
     The parents' figures are those of the evaluation, before and after with the same seeds. `options`: `images`, of each
-    new class. The split is that of the arm's `align.subtypes`.
+    new class, and `guidance_scale` of theirs. The split is that of the arm's `align.subtypes`.
     """
     found = evaluation(place)
     if place.arm.set != "after":
@@ -178,6 +178,7 @@ def _drawn(place: Place, names: list[str]) -> ImageSet:
             adapter=str(adapter),
             classes=names,
             images_per_class=int(place.experiment.options["images"]),
+            guidance_scale=float(place.experiment.options["guidance_scale"]),
             inference_steps=sampling["inference_steps"],
             seed=FIRST_SEED + sampling["seed"],
         )

@@ -60,17 +60,24 @@ class ConceptsConfig(AdapterConfig):
         maximum=1.0,
     )
     unmarked_real: bool = option(True, "Learn from real training images without a mark too.")
+    least_accuracy: float = option(
+        0.8,
+        "Unmarked images, drawn or real, are learned from only if this share of held-out marks is told right, a mean "
+        "over the new classes: below it they bring more errors than knowledge.",
+        minimum=0.0,
+        maximum=1.0,
+    )
     noise_scale: float = option(
         0.05, "New embeddings start at the parent's plus noise of this size, in units of its own spread.", minimum=0.0
     )
     embedding_rate: float = option(
-        3.0,
+        10.0,
         "Learning rate of new embeddings, in units of the adapter's: they have to get as far apart as classes are.",
         minimum=0.0,
     )
     noise_share: float = option(
-        0.7,
-        "Images of new classes are noised up to this share of the schedule: beyond it no shape is left.",
+        1.0,
+        "Images of new classes are noised up to this share of the schedule; the coarse shape is decided near its end.",
         minimum=0.01,
         maximum=1.0,
     )
@@ -82,9 +89,13 @@ class ConceptsConfig(AdapterConfig):
     )
     recognition_batch_size: int = option(8, "Images that are drawn for it in each step, per device.", minimum=1)
     train_steps: int = option(2, "Last denoising steps that this gradient goes back through.", minimum=1)
-    steps: int = option(300, "Optimizer steps; the learning rate falls as a cosine.", minimum=1)
-    batch_size: int = option(24, "Images of new classes in a batch, per device.", minimum=1)
-    beta: float = option(1.0, "Weight of the denoising loss on real images, by which the parents stay.", minimum=0.0)
+    steps: int = option(600, "Optimizer steps; the learning rate falls as a cosine.", minimum=1)
+    batch_size: int = option(16, "Images of new classes in a batch, per device.", minimum=1)
+    beta: float = option(
+        4.0,
+        "Weight of the distance from the base model's output on real images, by which all classes stay.",
+        minimum=0.0,
+    )
     checkpoint_every_steps: int = option(50, "Steps between checkpoints.", minimum=1)
     check_images_per_class: int = option(
         20,

@@ -1,6 +1,6 @@
 """New clinical concepts: split classes by the experts' subtype marks.
 
-    loss = E_marked[ L_denoise(x, concept) ] + beta * E_real[ L_denoise(x, class) ]
+    loss = E_marked[ L_denoise(x, concept) ] + beta * E_real[ ||eps(x, class) - eps_base(x, class)||^2 ]
            - recognition * E_drawn[ log P(concept | x, class) ]
 
 Source: "Aligning Synthetic Medical Images with Clinical Knowledge using Human Feedback" (arXiv:2306.12438): feedback
@@ -38,6 +38,7 @@ from pathalign.settings.concepts import ConceptsConfig
 from pathalign.shards import scratch_dir
 from pathalign.trainers.adapter import TRAINING, AdapterTrainer, load_inputs
 from pathalign.trainers.base import cosine_rate, require_finite
+from pathalign.trainers.draft import output_distance
 from pathalign.trainers.epochs import first_seed
 from pathalign.trainers.marks import MarkClassifier, Marks, collect_marks, surest
 from pathalign.trainers.pretrain import denoising_loss
@@ -145,9 +146,9 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
         generator = seeded(config.seed, TRAINING, number)
         with self.accelerator.autocast():
             denoised = self.concept_loss(self.pool, generator)
-            real = self.real_loss(generator) if config.beta > 0 else torch.zeros((), device=self.device)
+            kept = self.parents_loss(generator) if config.beta > 0 else torch.zeros((), device=self.device)
         unlike = self.recognition_loss(generator) if config.recognition > 0 else torch.zeros((), device=self.device)
-        loss = denoised + config.beta * real + config.recognition * unlike
+        loss = denoised + config.beta * kept + config.recognition * unlike
         require_finite(loss, number, rate)
         self.accelerator.backward(loss)
         norm = self.update()
@@ -155,14 +156,14 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
             "loss": loss.item(),
             "concept_loss": denoised.item(),
             "recognition_loss": unlike.item(),
-            "real_loss": real.item(),
+            "parents_loss": kept.item(),
             "gradient_norm": norm,
             "learning_rate": rate,
             **self.usage.figures(config.batch_size),
         }
 
     def collect(self) -> Pool:
-        """Marked images, and unmarked real and drawn ones whose subtype is clear.
+        """Marked images, and, if the marks can be told from each other, unmarked real and drawn ones.
 
         Raises:
             InputError: If a reward is no number.
@@ -175,23 +176,28 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
         )
         if self.told["balanced_accuracy"] < self.told["guessing"] + LEAST_GAIN:
             say("So few marks of such images teach next to nothing: mark more images, or use larger ones.")
-        unmarked = torch.tensor(
-            [
-                config.unmarked_real and name in marks.parents and image_id not in marks.image_ids
-                for name, image_id in zip(self.real.labels(), self.real.image_ids, strict=True)
-            ]
-        )
-        parts = [(marks.images, marks.concept_ids)]
-        for found in (self.real.select(unmarked), self.plausible()):
-            rows, ids = surest(self.classifier.probabilities(found.images, found.labels()), config.sure_share)
-            parts.append((found.images[rows], ids))
-        images, ids = (torch.cat(column) for column in zip(*parts, strict=True))
-        names = ("marked", "recognised_real", "recognised_drawn")
-        counts = {name: len(part[0]) for name, part in zip(names, parts, strict=True)}
+        parts = {"marked": (marks.images, marks.concept_ids)}
+        if self.told["balanced_accuracy"] >= config.least_accuracy:
+            for name, found in (("recognised_real", self.unmarked()), ("recognised_drawn", self.plausible())):
+                rows, ids = surest(self.classifier.probabilities(found.images, found.labels()), config.sure_share)
+                parts[name] = (found.images[rows], ids)
+        else:
+            say(f"Unmarked images are left out: `least_accuracy` is {config.least_accuracy:.0%}.")
+        images, ids = (torch.cat(column) for column in zip(*parts.values(), strict=True))
+        counts = {name: len(part[0]) for name, part in parts.items()}
         each = torch.bincount(ids, minlength=len(marks.concepts)).tolist()
         listed = ", ".join(f"{concept.name} {count}" for concept, count in zip(marks.concepts, each, strict=True))
         say(f"Learning from {len(ids)} images, {counts['marked']} of them marked: {listed}.")
         return Pool(images, ids, counts)
+
+    def unmarked(self) -> ImageSet:
+        """Real training images of the split classes that have no mark."""
+        marks, real = self.marks, self.real
+        wanted = [
+            self.config.unmarked_real and name in marks.parents and image_id not in marks.image_ids
+            for name, image_id in zip(real.labels(), real.image_ids, strict=True)
+        ]
+        return real.select(torch.tensor(wanted))
 
     def plausible(self) -> ImageSet:
         """Images of the split classes that the base model draws, those of the highest rewards."""
@@ -251,6 +257,17 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
         clean, ids, noise, timesteps = self.noised(pixel_values, wanted, generator, self.config.noise_share)
         conditions = self.conditioning(self.first_id + ids)
         return denoising_loss(self.unet, self.training_schedule, clean, conditions, noise, timesteps).mean()
+
+    def parents_loss(self, generator: torch.Generator) -> Tensor:
+        """Squared distance from the base model's output on real images of all classes: none of them shall change."""
+        count = self.config.real_batch_size * self.accelerator.num_processes
+        index = torch.randint(0, len(self.real), (count,), generator=generator)
+        clean, class_ids, noise, timesteps = self.noised(
+            self.real_pixel_values[index], self.real.class_ids[index], generator
+        )
+        noisy = self.training_schedule.add_noise(clean, noise, timesteps)
+        reference = self.denoise.reference(noisy, timesteps, class_ids)
+        return output_distance(self.denoise(noisy, timesteps, class_ids), reference).mean()
 
     def recognition_loss(self, generator: torch.Generator) -> Tensor:
         """How badly the classifier recognises fresh images of the new classes, with the graph of their last steps."""

@@ -7,13 +7,13 @@ marks images that no expert has seen.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pathalign.augment import ORIENTATIONS, orient
 from pathalign.images import ImageSet, to_pixel_values
@@ -27,6 +27,7 @@ CHOICE = 5  # stream of random numbers: which marks are used
 FOLDS = 5
 REGULARIZATION = 1e-2  # of the logistic regression: thousands of features from a hundred images
 BATCH_SIZE = 100
+LEAST_VARIANCE = 1e-6  # of a block's output over an image
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Marks:
 def collect_marks(config: ConceptsConfig, real: ImageSet, class_names: Sequence[str]) -> Marks:
     """The marks of the feedback and of the real training images, at most `max_marks`, drawn at random.
 
-    Of graded images only those that came out plausible count: nothing is to be learned from the others' looks.
+    Subtypes are drawn from in turn, so that a rare one is not outnumbered while it has marks. Of graded images only
+    those that came out plausible count: nothing is to be learned from the others' looks.
 
     Args:
         config: Where marks come from.
@@ -99,8 +101,8 @@ def collect_marks(config: ConceptsConfig, real: ImageSet, class_names: Sequence[
         for index, mark in enumerate(marks)
         if mark
     ]
-    order = torch.randperm(len(rows), generator=seeded(config.seed, CHOICE))[: config.max_marks].tolist()
-    chosen = [rows[place] for place in sorted(order)]
+    order = torch.randperm(len(rows), generator=seeded(config.seed, CHOICE)).tolist()
+    chosen = [rows[place] for place in sorted(in_turn(order, [row[2:] for row in rows])[: config.max_marks])]
     concepts = name_concepts(Counter((parent, mark) for *_, parent, mark in chosen), config, class_names)
     places = {(concept.parent, concept.subtype): index for index, concept in enumerate(concepts)}
     kept = [row for row in chosen if row[2:] in places]
@@ -111,6 +113,16 @@ def collect_marks(config: ConceptsConfig, real: ImageSet, class_names: Sequence[
         real=torch.tensor([sources[source][2] for source, *_ in kept]),
         image_ids=tuple(sources[source][0].image_ids[index] for source, index, *_ in kept),
     )
+
+
+def in_turn(order: Sequence[int], groups: Sequence[Hashable]) -> list[int]:
+    """The order with its groups one after another: the first of each, then the second of each, and so on."""
+    seen: Counter[Hashable] = Counter()
+    turns = []
+    for place in order:
+        turns.append(seen[groups[place]])
+        seen[groups[place]] += 1
+    return [place for _, place in sorted(zip(turns, order, strict=True), key=lambda pair: pair[0])]
 
 
 def _marks_of_real(config: ConceptsConfig, real: ImageSet, class_names: Sequence[str]) -> list[str]:
@@ -160,6 +172,38 @@ def name_concepts(
     return concepts
 
 
+class BlockFeatures(nn.Module):
+    """What all blocks of an encoder see: mean and spread of each one's outputs, beside the encoder's own features.
+
+    Parts of a cell show in the middle of a network whose end knows dogs from cars.
+
+    Args:
+        encoder: Its longest list of modules are the blocks; one without such a list has its own features only.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._outputs: list[Tensor] = []
+        lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList)]
+        for block in max(lists, key=len, default=()):
+            block.register_forward_hook(self._keep)
+
+    def _keep(self, _block: nn.Module, _inputs: Any, output: Any) -> None:
+        self._outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Images `(n, 3, height, width)` in [-1, 1] to features `(n, d)`, float32; gradients reach the images."""
+        self._outputs.clear()
+        features = [self.encoder(pixel_values)]
+        for output in self._outputs:
+            places = output.flatten(2) if output.ndim == 4 else output.transpose(1, 2)  # convolutions, or tokens
+            variance = places.var(dim=2, correction=0)
+            features += [places.mean(dim=2), (variance + LEAST_VARIANCE).sqrt()]  # a root has no slope at 0
+        self._outputs.clear()
+        return torch.cat([values.float() for values in features], dim=1)
+
+
 class MarkClassifier:
     """P(new class | image, its parent), learned from the marks.
 
@@ -169,7 +213,7 @@ class MarkClassifier:
     """
 
     def __init__(self, encoder: Encoder, marks: Marks) -> None:
-        self.encoder, self.marks = encoder, marks
+        self.encoder, self.marks = BlockFeatures(encoder), marks
         self.features = self.encode(marks.images)
         self.models = {}
         for parent in marks.parents:
@@ -185,7 +229,7 @@ class MarkClassifier:
         for batch in images.split(BATCH_SIZE):
             pixel_values = to_pixel_values(batch).to(device)
             turned = [self.encoder(orient(pixel_values, index)) for index in range(ORIENTATIONS)]
-            parts.append(torch.stack(turned, dim=1).float().cpu())
+            parts.append(torch.stack(turned, dim=1).cpu())
         return torch.cat(parts).numpy()
 
     def probabilities(self, images: Tensor, parents: Sequence[str]) -> Tensor:
@@ -211,7 +255,7 @@ class MarkClassifier:
             pixel_values: Shape `(n, 3, height, width)`, in [-1, 1].
             concept_ids: Shape `(n,)`, which concept each shall be.
         """
-        logits = self.encoder(pixel_values).float() @ self.weight.T.to(pixel_values) + self.bias.to(pixel_values)
+        logits = self.encoder(pixel_values) @ self.weight.T.to(pixel_values) + self.bias.to(pixel_values)
         parents = [concept.parent for concept in self.marks.concepts]
         sisters = torch.tensor([[one == other for other in parents] for one in parents], device=logits.device)
         among = logits.masked_fill(~sisters[concept_ids], -torch.inf).log_softmax(dim=1)
