@@ -234,6 +234,9 @@ def test_a_study_runs_is_interrupted_goes_on_and_reports(tmp_path):
     check_measures(recipe.load(str(study)), runs / "main" / "seed-0")
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and json.loads(again.stdout)["experiments"]["epochs"]["arms"] == result["arms"]
+    own = sum(entry["wall_s"] for entry in ledgers["main"].values())  # of the other run its own reward model and so on
+    own += sum(entry["wall_s"] for name, entry in ledgers["short"].items() if entry != ledgers["main"].get(name))
+    assert f" steps of {own / 60:.0f} minutes together" in again.stderr
     assert Ledger(runs / "short" / "seed-0").steps == ledgers["short"]
 
 
@@ -265,6 +268,14 @@ def still_running() -> list[str]:
             line = path.read_text().replace("\0", " ")
             found += [line] if "epochs/runs" in line else []
     return found
+
+
+def test_a_trial_has_a_name_of_its_own_so_that_it_takes_no_results_place(tmp_path):
+    found = {}
+    for scale, minutes, seeds in (("cpu", None, None), ("cpu", None, [0]), ("cpu", None, [3, 0]), ("full", 2.0, [1])):
+        varied = study._varied(load(tmp_path), scale, minutes, seeds)
+        found[varied.name] = varied.seeds
+    assert found == {"study": (0,), "study-seeds-3-0": (3, 0), "study-full-2min-seeds-1": (1,)}
 
 
 @pytest.mark.parametrize(("data", "shown"), [(".", "DIR"), ("lab/cells", "lab/cells")])

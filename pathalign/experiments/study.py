@@ -60,9 +60,7 @@ def run(
         InputError: If a run fails. What is done is kept.
     """
     wanted = [name for source in sources for name in (names() if source == ALL else [source])]
-    experiments = [_scaled(load(source, scale), scale, minutes) for source in dict.fromkeys(wanted)]
-    if seeds is not None:
-        experiments = [replace(one, seeds=tuple(dict.fromkeys(seeds))) for one in experiments]
+    experiments = [_varied(load(source, scale), scale, minutes, seeds) for source in dict.fromkeys(wanted)]
     homeless = [one.name for one in experiments if not (data or (one.settings.get("data") or {}).get("source"))]
     if homeless:
         raise ConfigError(
@@ -83,13 +81,16 @@ def run(
             say(str(error))
     if failures:
         raise InputError(f"{len(failures)} of {len(experiments)} experiments failed; the first says: {failures[0]}")
+    say(f"Behind {', '.join(results)}: {_compute([run.folder for some in runs.values() for run in some])}.")
     return results
 
 
-def _scaled(experiment: Experiment, scale: str, minutes: float | None) -> Experiment:
-    """With a name of its own at another scale: a trial must not take the place of a result."""
+def _varied(experiment: Experiment, scale: str, minutes: float | None, seeds: Sequence[int] | None) -> Experiment:
+    """With a name of its own at another scale or with other seeds: a trial must not take the place of a result."""
     name = experiment.name + (f"-{scale}" if scale != "cpu" else "") + (f"-{minutes:g}min" if minutes else "")
-    return replace(experiment, name=name)
+    if seeds is None or (own := tuple(dict.fromkeys(seeds))) == experiment.seeds:
+        return replace(experiment, name=name)
+    return replace(experiment, name=f"{name}-seeds-{'-'.join(map(str, own))}", seeds=own)
 
 
 def _finish(experiment: Experiment, output_dir: Path, data: str | None, command: str) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def _simulated(places: dict[str, dict[int, Place]]) -> bool:
 
 
 def _compute(run_dirs: Sequence[Path]) -> str:
-    """Time and memory of all steps behind an experiment, each counted once, whoever made it."""
+    """Time and memory of all steps in these runs, each counted once, whoever made it."""
     steps = {entry["key"]: entry for folder in set(run_dirs) for entry in Ledger(folder).steps.values()}
     wall, peak = sum(entry["wall_s"] for entry in steps.values()), max(entry["peak_rss_mb"] for entry in steps.values())
     return f"{len(steps)} steps of {wall / 60:.0f} minutes together, {peak:,.0f} MB at most"
