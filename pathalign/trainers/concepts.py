@@ -5,9 +5,10 @@
 
 Source: "Aligning Synthetic Medical Images with Clinical Knowledge using Human Feedback" (arXiv:2306.12438): feedback
 brings in concepts that the base model was not told of. Each has an embedding of its own, which starts at its parent's
-and is trained with the adapter, on marked images and on those that a classifier of the marks recognises: images of the
-base model that the reward model finds plausible, and real training images. The last term follows the classifier's
-gradient through the last steps of drawing a concept, as DRaFT does with a reward (arXiv:2309.17400).
+and is trained with the adapter on marked images. Where a classifier tells held-out marks from each other, it recognises
+more: real training images, and images of the base model that the reward model finds plausible. The second term holds
+every class of the base model where it is. The last follows the classifier's gradient through the last steps of drawing
+a concept, as DRaFT does with a reward (arXiv:2309.17400).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Subtype marks: where they come from, which new classes they make, and a classifier that spreads them further.
 
-Marks are few. A logistic regression on features of a frozen encoder learns them, says by cross-validation how well, and
-marks images that no expert has seen.
+Marks are few. A logistic regression on the features of all blocks of a frozen encoder learns them, says by
+cross-validation how well, and marks images that no expert has seen.
 """
 
 from __future__ import annotations
