@@ -44,6 +44,7 @@ TITLES = {
     "kept_epoch": ("Epoch that is kept", False),
     "epochs": ("Epochs", False),
     "subtype_right": ("Right subtype", True),
+    "concepts_plausible": ("Plausible (judge), new classes", True),
     "subtype_judge_on_real": ("Subtype judge on unseen real cells", True),
     "subtype_judge_balanced": ("the same, mean over subtypes", True),
     "marks": ("Marks", False),

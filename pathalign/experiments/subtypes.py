@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from pathalign.artefacts import fingerprint, write_atomically
 from pathalign.augment import ORIENTATIONS, orient, random_exposure, random_orientations, random_shifts
+from pathalign.evaluate.alignment import ask
 from pathalign.experiments.measures import Figure, Place, evaluation, last_round, proportion
 from pathalign.generate import generate
+from pathalign.grading.simulated import SimulatedGrader
 from pathalign.images import ImageSet, to_pixel_values
 from pathalign.progress import Progress
 from pathalign.reward.encoders import convnet
@@ -129,7 +131,8 @@ def _train(judge: SubtypeJudge, split: Split, seen: list[ImageSet], values: list
 
 
 def concepts(place: Place) -> dict[str, Figure]:
-    """Share of images of the new classes whose subtype the subtype judge finds right, and what bounds it.
+    """Share of images of the new classes whose subtype the subtype judge finds right, what bounds it, and the judge's
+    share of plausible cells of the parent among them.
 
     The parents' figures are those of the evaluation, before and after with the same seeds. `options`: `images`, of each
     new class, and `guidance_scale` of theirs. The split is that of the arm's `align.subtypes`.
@@ -151,6 +154,8 @@ def concepts(place: Place) -> dict[str, Figure]:
     for index, name in enumerate(split.names):
         if (wanted == index).any():  # a subtype with too few marks made no class
             found[f"subtype_right of {name}"] = proportion(right[wanted == index].numpy())
+    verdicts = ask(SimulatedGrader.load(place.run_dir / "judge"), images)
+    found["concepts_plausible"] = proportion(verdicts.plausible)
     unseen = halves(ImageSet.load(data, "test"))[1]
     ids = split.ids(unseen)
     shares = judge.shares(unseen.select(ids >= 0).images)
