@@ -27,6 +27,7 @@ from pathalign.evaluate.report import ROWS
 from pathalign.experiments.measures import CONFIDENCE, Place, last_round, training_of
 from pathalign.experiments.recipe import Arm, Experiment
 from pathalign.experiments.results import FEWEST_SEEDS, Summary
+from pathalign.experiments.subtypes import samples_of
 from pathalign.schema import InputError
 
 TEMPLATE = "experiment.html.jinja"
@@ -259,11 +260,20 @@ def _settings(experiment: Experiment, arm: Arm) -> str:
 
 
 def _sheets(experiment: Experiment, places: dict[str, dict[int, Place]]) -> list[dict[str, Any]]:
-    """Sheets of the first seed's images, of every arm whose evaluation drew one."""
+    """Sheets of the first seed's images: of new classes, and of every arm whose evaluation drew one."""
     found = []
     for arm in experiment.arms:
+        place = places[arm.name][experiment.seeds[0]]
+        if experiment.measure == "concepts" and arm.set == "after":
+            names, folder = samples_of(place)
+            found.append(
+                {
+                    "title": f"{arm.title}: {', '.join(names)}; seeds of their own",
+                    "png": (folder / "samples.png").read_bytes(),
+                }
+            )
         try:
-            evaluation = last_round(places[arm.name][experiment.seeds[0]].run_dir, "evaluation")
+            evaluation = last_round(place.run_dir, "evaluation")
         except InputError:
             continue
         sheet = evaluation / "figures" / f"samples_{arm.set}.png"

@@ -147,7 +147,7 @@ def concepts(place: Place) -> dict[str, Figure]:
     judge = fit_judge(data, split, seed, place.run_dir / f"subtype_judge-{made_from}.safetensors")
     names = [entry["name"] for entry in record.metrics["concepts"]]
     subtypes = [entry["subtype"] for entry in record.metrics["concepts"]]
-    images = _drawn(place, names)
+    images = _drawn(place)
     wanted = torch.tensor([split.names.index(subtypes[names.index(name)]) for name in images.columns["concept"]])
     right = judge.shares(images.images).argmax(1) == wanted
     found["subtype_right"] = proportion(right.numpy())
@@ -172,20 +172,31 @@ def concepts(place: Place) -> dict[str, Figure]:
     return found
 
 
-def _drawn(place: Place, names: list[str]) -> ImageSet:
+def samples_of(place: Place) -> tuple[list[str], Path]:
+    """Names of an arm's new classes, and the candidate set of their images, which `concepts` makes."""
+    adapter = last_round(place.run_dir, "adapter")
+    names = [entry["name"] for entry in RunRecord.load(adapter).metrics["concepts"]]
+    made_from = fingerprint([fingerprint(adapter), names, place.experiment.options, _steps(place)])
+    return names, place.run_dir / f"samples_concepts-{made_from}"
+
+
+def _steps(place: Place) -> int:
+    """Denoising steps, those of the evaluation's images."""
+    return int(RunRecord.load(place.run_dir / "samples_after").config["inference_steps"])
+
+
+def _drawn(place: Place) -> ImageSet:
     """Images of the new classes, made once."""
-    sampling, adapter = RunRecord.load(place.run_dir / "samples_after").config, last_round(place.run_dir, "adapter")
-    made_from = fingerprint([fingerprint(adapter), names, place.experiment.options, sampling["inference_steps"]])
-    folder = place.run_dir / f"samples_concepts-{made_from}"
+    names, folder = samples_of(place)
     if not folder.is_dir():
         config = GenerateConfig(
             model=str(place.run_dir / "base"),
-            adapter=str(adapter),
+            adapter=str(last_round(place.run_dir, "adapter")),
             classes=names,
             images_per_class=int(place.experiment.options["images"]),
             guidance_scale=float(place.experiment.options["guidance_scale"]),
-            inference_steps=sampling["inference_steps"],
-            seed=FIRST_SEED + sampling["seed"],
+            inference_steps=_steps(place),
+            seed=FIRST_SEED + RunRecord.load(place.run_dir / "samples_after").config["seed"],
         )
         generate(config, folder)
     return ImageSet.load(folder)
