@@ -101,18 +101,19 @@ def test_checks_of_a_training_compare_its_end_with_what_was_kept(tmp_path: Path)
     rows = [
         {"epoch": 0, "judge_share": 0.4, "reward": 0.5},
         {"epoch": 2, "judge_share": 0.7, "reward": 0.7},
-        {"epoch": 4, "judge_share": 0.3, "reward": 0.9},
+        {"epoch": 4, "judge_share": 0.6, "reward": 0.8},
+        {"epoch": 6, "judge_share": 0.3, "reward": 0.9},
     ]
     run_dir = tmp_path / "seed-0"
     (run_dir / "adapter").mkdir(parents=True)
     (run_dir / "config.yaml").write_text("seed: 0")
-    record = RunRecord(stage="align", config={}, metrics={"checks": rows, "kept_epoch": 2, "n_check_images": 200})
+    record = RunRecord(stage="align", config={}, metrics={"checks": rows, "kept_epoch": 4, "n_check_images": 200})
     record.save(run_dir / "adapter")
     experiment = recipe.load("over-optimization")
     found = checks(Place(experiment, experiment.arms[0], run_dir, run_dir))
     assert set(experiment.show) <= set(found)
     values = {name: figure.value for name, figure in found.items()}
-    assert values["judge_kept"] == 0.7 and values["judge_last"] == 0.3
-    assert values["judge_last_less_kept"] == pytest.approx(-0.4)
-    assert (values["reward_first"], values["reward_last"], values["kept_epoch"]) == (0.5, 0.9, 2)
+    assert (values["judge_kept"], values["judge_best"], values["judge_last"]) == (0.6, 0.7, 0.3)
+    assert values["judge_kept_less_best"] == pytest.approx(-0.1) and values["best_epoch"] == 2
+    assert (values["reward_first"], values["reward_last"], values["kept_epoch"]) == (0.5, 0.9, 4)
     assert json.dumps(values)

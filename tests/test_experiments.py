@@ -78,7 +78,7 @@ def test_every_figure_that_a_recipe_shows_has_a_title_for_readers():
             assert title != figure.replace("_", " ") or figure.startswith("plausible_share of"), figure
             assert (
                 share
-                or figure in ("density", "kid", "marks", "reward_first", "reward_last", "kept_epoch")
+                or figure in ("density", "kid", "marks", "reward_first", "reward_last", "kept_epoch", "best_epoch")
                 or (figure.startswith("roc_auc"))
             ), figure
 

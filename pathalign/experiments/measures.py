@@ -125,16 +125,19 @@ def checks(place: Place) -> dict[str, Figure]:
     training = training_of(place)
     rows, n = training["checks"], training["n_check_images"]
     judged = [row["judge_share"] for row in rows]
+    best = max(rows, key=lambda row: row["judge_share"])
     kept = next(row for row in rows if row["epoch"] == training["kept_epoch"])
     return {
         "judge_first": Figure(judged[0], None, n),
         "judge_last": Figure(judged[-1], None, n),
         "judge_kept": Figure(kept["judge_share"], None, n),
-        "judge_last_less_kept": Figure(judged[-1] - kept["judge_share"], None, n),
+        "judge_best": Figure(best["judge_share"], None, n),
+        "judge_kept_less_best": Figure(kept["judge_share"] - best["judge_share"], None, n),
         "reward_first": Figure(rows[0]["reward"], None, n),
         "reward_last": Figure(rows[-1]["reward"], None, n),
         "epochs": Figure(rows[-1]["epoch"]),
         "kept_epoch": Figure(training["kept_epoch"]),
+        "best_epoch": Figure(best["epoch"]),
     }
 
 
