@@ -73,7 +73,7 @@ def test_splitting_classes_asks_the_unet_as_often_as_is_said(base, tiny_images, 
     monkeypatch.setattr(concepts, "load_encoder", lambda *_, **__: ColourMeans())
     shades = [("dark", "light")[index // 3 % 2] for index in range(len(tiny_images))]
     images = replace(tiny_images, columns={"shade": shades})
-    options = {"subtypes": SPLIT, "real_batch_size": 4} | options
+    options = {"subtypes": SPLIT, "real_batch_size": 4, "least_accuracy": 0.0} | options
     config = ConceptsConfig(
         base_model=str(base), images_per_class=3, inference_steps=3, batch_size=6, lora_rank=2, steps=2,
         check_images_per_class=2, **options,

@@ -114,6 +114,7 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
         self.classifier.encoder.requires_grad_(False)
         self.sampler = SCHEDULERS[config.scheduler].from_config(pipeline.scheduler.config)
         self.denoise = Denoiser(self.unet, self.conditioning, config.guidance_scale, autocast=self.accelerator.autocast)
+        self.unguided = Denoiser(self.unet, self.conditioning, autocast=self.accelerator.autocast)
         self.first_id = len(pipeline.base_class_names)
         self.pool: Pool | None = None
         self.told: dict[str, Any] = {}
@@ -267,8 +268,8 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
             self.real_pixel_values[index], self.real.class_ids[index], generator
         )
         noisy = self.training_schedule.add_noise(clean, noise, timesteps)
-        reference = self.denoise.reference(noisy, timesteps, class_ids)
-        return output_distance(self.denoise(noisy, timesteps, class_ids), reference).mean()
+        reference = self.unguided.reference(noisy, timesteps, class_ids)
+        return output_distance(self.unguided(noisy, timesteps, class_ids), reference).mean()
 
     def recognition_loss(self, generator: torch.Generator) -> Tensor:
         """How badly the classifier recognises fresh images of the new classes, with the graph of their last steps."""

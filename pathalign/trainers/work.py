@@ -157,7 +157,8 @@ def dpo(config: DPOConfig, classes: int) -> Work:
 def concepts(config: ConceptsConfig, classes: int) -> Work:
     """Images of the split classes by the base model, steps, and images of all classes before and after.
 
-    Which classes the feedback splits is not known yet: without `subtypes` it is taken for one, in two.
+    Which classes the feedback splits is not known yet: without `subtypes` it is taken for one, in two. Nor is whether
+    the marks can be told well enough for unmarked images to be drawn; they are taken to be.
     """
     new = {(rule.class_name, rule.subtype) for rule in map(subtype_rule, config.subtypes)}
     families = Counter(class_name for class_name, _ in new) or Counter(one=2)
@@ -167,7 +168,8 @@ def concepts(config: ConceptsConfig, classes: int) -> Work:
     passed = passes(config.guidance_scale)
     steps = config.inference_steps - config.train_steps
     return Work(
-        forward=(drawn * config.inference_steps + config.steps * followed * steps) * passed,
+        forward=(drawn * config.inference_steps + config.steps * followed * steps) * passed
+        + config.steps * real_images(config),  # the base model's output on them
         backward=config.steps * (batch + followed * config.train_steps * passed),
         decoded=drawn,
         decoded_backward=config.steps * followed,
