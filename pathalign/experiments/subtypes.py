@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -176,18 +177,20 @@ def samples_of(place: Place) -> tuple[list[str], Path]:
     """Names of an arm's new classes, and the candidate set of their images, which `concepts` makes."""
     adapter = last_round(place.run_dir, "adapter")
     names = [entry["name"] for entry in RunRecord.load(adapter).metrics["concepts"]]
-    made_from = fingerprint([fingerprint(adapter), names, place.experiment.options, _steps(place)])
+    made_from = fingerprint(
+        [fingerprint(adapter), names, place.experiment.options, _sampling(place)["inference_steps"]]
+    )
     return names, place.run_dir / f"samples_concepts-{made_from}"
 
 
-def _steps(place: Place) -> int:
-    """Denoising steps, those of the evaluation's images."""
-    return int(RunRecord.load(place.run_dir / "samples_after").config["inference_steps"])
+def _sampling(place: Place) -> dict[str, Any]:
+    """How the evaluation's images were drawn."""
+    return RunRecord.load(place.run_dir / "samples_after").config
 
 
 def _drawn(place: Place) -> ImageSet:
     """Images of the new classes, made once."""
-    names, folder = samples_of(place)
+    (names, folder), sampling = samples_of(place), _sampling(place)
     if not folder.is_dir():
         config = GenerateConfig(
             model=str(place.run_dir / "base"),
@@ -195,8 +198,8 @@ def _drawn(place: Place) -> ImageSet:
             classes=names,
             images_per_class=int(place.experiment.options["images"]),
             guidance_scale=float(place.experiment.options["guidance_scale"]),
-            inference_steps=_steps(place),
-            seed=FIRST_SEED + RunRecord.load(place.run_dir / "samples_after").config["seed"],
+            inference_steps=sampling["inference_steps"],
+            seed=FIRST_SEED + sampling["seed"],
         )
         generate(config, folder)
     return ImageSet.load(folder)

@@ -204,13 +204,15 @@ class AdapterTrainer(ABC, Generic[Config]):
 
     def real_loss(self, generator: torch.Generator) -> Tensor:
         """Denoising loss on real training images, a scalar."""
-        count = self.config.real_batch_size * self.accelerator.num_processes
-        index = torch.randint(0, len(self.real), (count,), generator=generator)
-        clean, class_ids, noise, timesteps = self.noised(
-            self.real_pixel_values[index], self.real.class_ids[index], generator
-        )
+        clean, class_ids, noise, timesteps = self.noised_real(generator)
         conditions = self.conditioning(class_ids)
         return denoising_loss(self.unet, self.training_schedule, clean, conditions, noise, timesteps).mean()
+
+    def noised_real(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This process's part of a batch of real training images of all classes, as `noised` gives it."""
+        count = self.config.real_batch_size * self.accelerator.num_processes
+        index = torch.randint(0, len(self.real), (count,), generator=generator)
+        return self.noised(self.real_pixel_values[index], self.real.class_ids[index], generator)
 
     def noised(
         self, pixel_values: Tensor, class_ids: Tensor, generator: torch.Generator, share: float = 1.0

@@ -262,11 +262,7 @@ class ConceptsTrainer(AdapterTrainer[ConceptsConfig]):
 
     def parents_loss(self, generator: torch.Generator) -> Tensor:
         """Squared distance from the base model's output on real images of all classes: none of them shall change."""
-        count = self.config.real_batch_size * self.accelerator.num_processes
-        index = torch.randint(0, len(self.real), (count,), generator=generator)
-        clean, class_ids, noise, timesteps = self.noised(
-            self.real_pixel_values[index], self.real.class_ids[index], generator
-        )
+        clean, class_ids, noise, timesteps = self.noised_real(generator)
         noisy = self.training_schedule.add_noise(clean, noise, timesteps)
         reference = self.unguided.reference(noisy, timesteps, class_ids)
         return output_distance(self.unguided(noisy, timesteps, class_ids), reference).mean()
