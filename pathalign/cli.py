@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from pathalign.allocator import keep_freed_memory
 from pathalign.commands import jobs, serving, transfer
 from pathalign.commands.experiment import experiment_command
 from pathalign.commands.printing import JSON_HELP, print_result, printed, quiet
@@ -72,6 +73,7 @@ def main(debug: bool) -> None:
 
     `pathalign demo` runs the whole loop. Research only, never for diagnosis.
     """
+    keep_freed_memory()
 
 
 @click.group()

@@ -29,7 +29,7 @@ PACKAGE = PROJECT / "pathalign"
 STAGES = """
 schema config settings artefacts progress remote pinning randomness images shards cards near_duplicates augment phantom
 sources data diffusion reward generate scoring grades ratings agreement grading feedback trainers evaluate hub stages
-rounds ledger workflow experiments jobs __init__ options commands cli
+rounds ledger workflow experiments jobs allocator __init__ options commands cli
 """.split()
 LONGEST_MODULE, LONGEST_FUNCTION = 400, 80
 Function = ast.FunctionDef | ast.AsyncFunctionDef
