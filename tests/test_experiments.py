@@ -179,6 +179,15 @@ def test_with_one_seed_the_interval_is_that_over_images_and_no_difference_has_on
     assert over_seeds([0.5, 0.6]) is None
 
 
+def test_of_two_seeds_the_page_shows_both_and_claims_no_interval(tmp_path):
+    experiment = load(tmp_path, seeds=[0, 1])
+    found = summarize(experiment, figures_of({"main": [0.6, 0.7], "base": [0.4, 0.45], "short": [0.5, 0.3]}))
+    table = page.main_table(experiment, found)
+    assert table.rows[0].cells[0] == page.Cell("65.0 %", "60.0 % and 70.0 %; +22.5")
+    assert "Mean over the seeds 0, 1, the values of both" in table.caption
+    assert "(2 seeds: +10.0 and -15.0, too few for an interval)" in page.answers(experiment, found)[1]
+
+
 def test_the_answer_says_what_may_be_chance(tmp_path):
     experiment = load(tmp_path, seeds=[0, 1, 2])
     found = summarize(

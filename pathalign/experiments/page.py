@@ -108,7 +108,10 @@ def answers(experiment: Experiment, summaries: Summaries) -> list[str]:
             f"{text(summary.difference, share, sign=True)}{unit}"
         )
         if summary.difference_interval is None:
-            line += f" ({_count(experiment)}: too few for an interval)."
+            pairs = zip(summary.by_seed, summaries[other.name][name].by_seed, strict=True)
+            each = " and ".join(text(value - base, share, sign=True) for value, base in pairs)
+            several = f"{each}, " if len(summary.by_seed) > 1 else ""
+            line += f" ({_count(experiment)}: {several}too few for an interval)."
         else:
             verdict = "" if summary.clear else ", which may be chance"
             within = span(summary.difference_interval, share, difference=True)
@@ -142,7 +145,7 @@ def _which_interval(experiment: Experiment) -> str:
     if len(experiment.seeds) == 1:
         return f", its {100 * CONFIDENCE:.0f} % interval over images"
     few = len(experiment.seeds) < FEWEST_SEEDS
-    return "" if few else f", its {100 * CONFIDENCE:.0f} % interval over seeds"
+    return ", the values of both" if few else f", its {100 * CONFIDENCE:.0f} % interval over seeds"
 
 
 def _intervals(experiment: Experiment) -> str:
@@ -181,6 +184,8 @@ def _cell(summary: Summary | None, share: bool) -> Cell:
     if summary is None:
         return Cell(NOT_MEASURED)
     below = span(summary.interval, share)
+    if not below and 1 < len(summary.by_seed) < FEWEST_SEEDS:
+        below = " and ".join(text(value, share) for value in summary.by_seed)
     if summary.difference is not None:
         below += f"{'; ' if below else ''}{text(summary.difference, share, sign=True)}{'*' if summary.clear else ''}"
     return Cell(text(summary.mean, share), below)
