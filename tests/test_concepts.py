@@ -12,7 +12,6 @@ import pytest
 import tiny_artefacts as tiny
 import torch
 from brightness import SPENT, Brightness, log_rows, small_inputs, steady_rows
-from diffusers import DDIMScheduler
 from hub import serve
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,7 +22,7 @@ from pathalign.config import ConfigError
 from pathalign.diffusion import lora
 from pathalign.diffusion.conditioning import conditioning_for
 from pathalign.diffusion.denoiser import Denoiser
-from pathalign.diffusion.pipeline import CONCEPT_WEIGHTS, CONCEPTS_KEY, ClassConditionalPipeline, base_hash, label_ids
+from pathalign.diffusion.pipeline import CONCEPT_WEIGHTS, CONCEPTS_KEY, ClassConditionalPipeline, base_hash
 from pathalign.generate import generate, load_pipeline, sample
 from pathalign.grading.simulated import class_ids_for
 from pathalign.images import ImageSet
@@ -139,36 +138,22 @@ def test_a_concept_without_noise_draws_as_its_parent_and_takes_the_place_of_no_c
     lora.attach(base.unet, 2, 2, True, seeded(0, 0))
     lora.add_concepts(base, {"new b": "b", "new c": "c"}, noise=0.0, generator=seeded(0, 1))
     assert base.class_names == ["a", "b", "c", "new b", "new c"] and base.concepts == {"new b": "b", "new c": "c"}
-    assert label_ids(["c", "new b"], base.class_names).tolist() == [2, 3]
+    assert base.class_ids(["c", "new b"]).tolist() == [2, 3]
     for labels in (["b", "c"], ["new b", "new c"]):
         torch.testing.assert_close(drawn(base, labels), plain, rtol=0, atol=1e-6)
         torch.testing.assert_close(drawn(base, labels, guidance_scale=3.0), guided[labels[0]], rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"'newer b' is not known; .* 'new c'"):
-        label_ids("newer b", base.class_names)
+        base.class_ids("newer b")
 
 
-def clean_image(base: ClassConditionalPipeline, output: Tensor, sample: Tensor, timestep: Tensor) -> Tensor:
-    """As diffusers' own sampler sees it."""
-    scheduler = DDIMScheduler.from_config(base.scheduler.config, clip_sample=False)
-    scheduler.set_timesteps(1000)
-    predicted: Tensor = scheduler.step(output, int(timestep), sample).pred_original_sample
-    return predicted
-
-
-@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
-def test_guidance_draws_what_sets_a_concept_apart_from_its_parent_in_samplers_and_trainers(base, tmp_path, prediction):
-    base.scheduler.register_to_config(prediction_type=prediction)
+def test_guidance_draws_what_sets_a_concept_apart_from_its_parent_in_samplers_and_trainers(base, tmp_path):
     base.load_lora_weights(save_concepts(tmp_path, base, {"new b": "b"}))
     sample, timestep, ids = torch.randn(3, 3, 16, 16, generator=seeded(2)), torch.tensor(400), torch.tensor([3, 0, 1])
     with torch.no_grad():
         asked, general = (base.predict(sample, timestep, torch.tensor(rows)) for rows in ([3, 0, 1], [1, 4, 4]))
         expected = general + 2.5 * (asked - general)  # row 4 is "no class"
+        torch.testing.assert_close(base.predict(sample, timestep, ids, 2.5), expected)
         torch.testing.assert_close(Denoiser(base.unet, conditioning_for(base), 2.5)(sample, timestep, ids), expected)
-        guided = base.predict(sample, timestep, ids, 2.5)
-    torch.testing.assert_close(guided[1:], expected[1:])
-    clean, asked_clean, plain = (clean_image(base, x, sample, timestep)[0] for x in (guided, asked, expected))
-    assert not torch.isclose(plain.std(), asked_clean.std(), rtol=1e-2)
-    torch.testing.assert_close(clean, (plain - plain.mean()) * asked_clean.std() / plain.std() + asked_clean.mean())
 
 
 def test_concepts_are_rows_between_the_classes_and_no_class(base):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from pathalign.diffusion.pipeline import ClassConditionalPipeline, label_ids, randn_per_image
+from pathalign.diffusion.pipeline import ClassConditionalPipeline, randn_per_image
 from pathalign.generate import SCHEDULERS, set_scheduler
 from pathalign.images import to_images
 from pathalign.settings.pretrain import PretrainConfig
@@ -39,8 +39,8 @@ def count_calls(pipeline: ClassConditionalPipeline) -> list[int]:
 
 def test_labels_are_names_or_ids(tiny_pipeline: ClassConditionalPipeline):
     assert tiny_pipeline.class_names == ["a", "b", "c"]
-    assert label_ids(["c", 0, "b"], tiny_pipeline.class_names).tolist() == [2, 0, 1]
-    assert label_ids("b", tiny_pipeline.class_names).tolist() == label_ids(1, tiny_pipeline.class_names).tolist() == [1]
+    assert tiny_pipeline.class_ids(["c", 0, "b"]).tolist() == [2, 0, 1]
+    assert tiny_pipeline.class_ids("b").tolist() == tiny_pipeline.class_ids(1).tolist() == [1]
     assert torch.equal(draw(tiny_pipeline), tiny_pipeline([0, 2, 1, 0, 2], seeded(5), 4, output_type="pt").images)
 
 

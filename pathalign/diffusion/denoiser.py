@@ -21,8 +21,7 @@ class Denoiser:
     Args:
         unet: With an adapter attached.
         conditioning: Class ids to its keyword arguments.
-        guidance_scale: Classifier-free guidance (arXiv:2207.12598); 1 is none and costs half. Concepts are not rescaled
-            here, as they are where images are drawn.
+        guidance_scale: Classifier-free guidance (arXiv:2207.12598); 1 is none and costs half.
         checkpointing: Keep no activations for the backward pass but compute them again: one more forward pass for the
             memory of a single call.
         autocast: Makes the context of lower precision; outputs come back in the precision of the sample.

@@ -6,17 +6,17 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partialmethod
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import logging
 from huggingface_hub import constants
-from torch import Tensor
+from PIL import Image
 
 try:  # needed by adapters only
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,7 +30,7 @@ CONCEPT_WEIGHTS = "lora_concepts"  # in the file; not below `unet.`, so that ear
 logger = logging.get_logger(__name__)
 
 
-def randn_per_image(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
+def randn_per_image(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Noise of shape `(len(generators), *shape)`, float32; image i draws from `generators[i]` only."""
     return torch.stack([torch.randn(shape, generator=generator, device=generator.device) for generator in generators])
 
@@ -55,12 +55,12 @@ class ConceptEmbedding(torch.nn.Module, BaseTunerLayer):
         self.lora_concepts = torch.nn.ParameterDict()  # adapter -> offsets, shape (concepts, width)
         self.concepts: dict[str, list[tuple[str, int]]] = {}  # adapter -> name and parent's id of each offset
         self.scaling: dict[str, float] = {}
-        self.lora_A: dict[str, Tensor] = {}  # diffusers looks here for what it could move to another device
+        self.lora_A: dict[str, torch.Tensor] = {}  # diffusers looks here for what it could move to another device
         self.merged_adapters: list[str] = []
 
     @classmethod
     def add(
-        cls, unet: UNet2DConditionModel, adapter: str, concepts: Sequence[tuple[str, int]], offsets: Tensor
+        cls, unet: UNet2DConditionModel, adapter: str, concepts: Sequence[tuple[str, int]], offsets: torch.Tensor
     ) -> None:
         """Give an adapter of `unet` its concepts: name and parent's id of each, offsets of shape `(n, width)`.
 
@@ -91,7 +91,7 @@ class ConceptEmbedding(torch.nn.Module, BaseTunerLayer):
         """Rows of the table: classes, concepts and "no class"."""
         return self.base_layer.num_embeddings + len(self.parents)
 
-    def forward(self, class_ids: Tensor) -> Tensor:
+    def forward(self, class_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings of classes, concepts and "no class", shape `(n, width)`."""
         weight, parents = self.base_layer.weight, self.parents
         rows = weight[list(parents.values())]
@@ -160,37 +160,27 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         parents, names = getattr(self.unet.class_embedding, "parents", {}), self.base_class_names
         return {name: names[parent] for name, parent in parents.items()}
 
-    def predict(self, sample: Tensor, timestep: Tensor | int, class_ids: Tensor, guidance_scale: float = 1.0) -> Tensor:
+    def class_ids(self, class_labels: str | int | Sequence[str | int]) -> torch.Tensor:
+        """Class names or ids to ids, shape `(n,)`, int64; errors as of `label_ids`."""
+        return label_ids(class_labels, self.class_names)
+
+    def predict(
+        self, sample: torch.Tensor, timestep: torch.Tensor | int, class_ids: torch.Tensor, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
         """UNet output for noisy images, guided if `guidance_scale` is not 1.
 
         Args:
             sample: Shape `(n, channels, size, size)`.
             timestep: One timestep, or one for each image.
             class_ids: Shape `(n,)`.
-            guidance_scale: 1 is none; above 1 moves away from what no class gives, or a concept's parent (`rescaled`).
+            guidance_scale: 1 is none; above 1 moves away from what no class gives, or a concept's parent.
         """
         conditional = self.unet(sample, timestep, encoder_hidden_states=None, class_labels=class_ids).sample
         if guidance_scale == 1.0:
             return conditional
         others = general_ids(self.unet, class_ids)
         general = self.unet(sample, timestep, encoder_hidden_states=None, class_labels=others).sample
-        guided = general + guidance_scale * (conditional - general)
-        if not (split := others != no_class_id(self.unet)).any():
-            return guided
-        return torch.where(split.view(-1, 1, 1, 1), self.rescaled(guided, conditional, sample, timestep), guided)
-
-    def rescaled(self, guided: Tensor, conditional: Tensor, sample: Tensor, timestep: Tensor | int) -> Tensor:
-        """`guided`, its clean image with mean and deviation of that in `conditional`: strong guidance makes it glare.
-
-        Source: arXiv:2305.08891, equations 14 to 16, there of the network's output.
-        """
-        alphas = self.scheduler.alphas_cumprod.to(sample)[torch.as_tensor(timestep).long()].view(-1, 1, 1, 1)
-        signal, noise = alphas.sqrt(), (1 - alphas).sqrt()
-        velocity = self.scheduler.config.prediction_type == "v_prediction"
-        own, other = (signal, -noise) if velocity else (1 / signal, -noise / signal)
-        clean, wanted = own * sample + other * guided, own * sample + other * conditional
-        (std, mean), (wanted_std, wanted_mean) = (torch.std_mean(x, (1, 2, 3), keepdim=True) for x in (clean, wanted))
-        return ((clean - mean) * wanted_std / std + wanted_mean - own * sample) / other
+        return general + guidance_scale * (conditional - general)
 
     @torch.no_grad()
     def __call__(
@@ -219,7 +209,7 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` is {output_type!r}; use pil, np or pt.")
-        class_ids = label_ids(class_labels, self.class_names).to(self.device)
+        class_ids = self.class_ids(class_labels).to(self.device)
         generators = one_generator_each(generator, len(class_ids))
         config = self.unet.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
@@ -227,10 +217,10 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         sample = sample * self.scheduler.init_noise_sigma
         takes_noise = "generator" in inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generators} if takes_noise else {}
         for timestep in self.progress_bar(self.scheduler.timesteps):
             model_input = self.scheduler.scale_model_input(sample, timestep)
             model_output = self.predict(model_input, timestep, class_ids, guidance_scale)
+            options = {"generator": generators} if takes_noise else {}
             sample = self.scheduler.step(model_output, timestep, sample, **options).prev_sample
         images = convert(sample.float().clamp(-1, 1), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -244,8 +234,9 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         Raises:
             InputError: If it cannot be loaded; diffusers' own error where pathalign is not installed.
         """
+        kwargs.setdefault("use_safetensors", True)
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except (OSError, ValueError) as error:
             try:
                 pinning = import_module("pathalign.pinning")
@@ -287,8 +278,13 @@ class ClassConditionalPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin
         if offsets is not None:
             ConceptEmbedding.add(unet, kwargs.get("adapter_name") or list(unet.peft_config)[-1], concepts, offsets)
 
-    fuse_lora = partialmethod(StableDiffusionLoraLoaderMixin.fuse_lora, components=["unet"])  # it has nothing else
-    unfuse_lora = partialmethod(StableDiffusionLoraLoaderMixin.unfuse_lora, components=["unet"])
+    def fuse_lora(self, components: Sequence[str] = ("unet",), **kwargs: Any) -> None:
+        """Merge the active adapters into the UNet's weights; `unfuse_lora` takes them out again."""
+        super().fuse_lora(components=list(components), **kwargs)
+
+    def unfuse_lora(self, components: Sequence[str] = ("unet",), **kwargs: Any) -> None:
+        """Undo `fuse_lora`."""
+        super().unfuse_lora(components=list(components), **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write the pipeline, with this file as `pipeline.py` so that it loads where pathalign is not installed."""
@@ -307,7 +303,7 @@ def no_class_id(unet: UNet2DConditionModel) -> int:
     return int(unet.class_embedding.num_embeddings) - 1
 
 
-def general_ids(unet: UNet2DConditionModel, class_ids: Tensor) -> Tensor:
+def general_ids(unet: UNet2DConditionModel, class_ids: torch.Tensor) -> torch.Tensor:
     """What guidance moves away from, shape `(n,)`: "no class", or the parents of concepts."""
     parents, no_class = getattr(unet.class_embedding, "parents", {}).values(), no_class_id(unet)
     table = [no_class] * (no_class - len(parents)) + [*parents, no_class]
@@ -315,7 +311,7 @@ def general_ids(unet: UNet2DConditionModel, class_ids: Tensor) -> Tensor:
 
 
 def concept_ids(
-    named: Sequence[Sequence[str]], class_names: Sequence[str], offsets: Tensor, unet: UNet2DConditionModel
+    named: Sequence[Sequence[str]], class_names: Sequence[str], offsets: torch.Tensor, unet: UNet2DConditionModel
 ) -> list[tuple[str, int]]:
     """Concepts as an adapter's metadata name them, with the ids of their parents.
 
@@ -337,7 +333,7 @@ def base_hash(unet: UNet2DConditionModel) -> str:
     return weights_hash(sorted(unet.state_dict().items()))
 
 
-def weights_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def weights_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """`base_hash` of a UNet's tensors with their names, sorted by them."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
@@ -358,14 +354,16 @@ def other_base(unet: UNet2DConditionModel, metadata: Mapping[str, Any] | None) -
     )
 
 
-def label_ids(class_labels: str | int | Sequence[str | int], names: Sequence[str]) -> Tensor:
+def label_ids(class_labels: str | int | Sequence[str | int], names: Sequence[str]) -> torch.Tensor:
     """Class names or ids to ids, shape `(n,)`, int64.
 
     Raises:
         ValueError: If a label is neither one of `names` nor an index into them.
     """
+    if isinstance(class_labels, (str, int)):
+        class_labels = [class_labels]
     ids = []
-    for label in [class_labels] if isinstance(class_labels, (str, int)) else class_labels:
+    for label in class_labels:
         if isinstance(label, str) and label in names:
             ids.append(names.index(label))
         elif not isinstance(label, str) and 0 <= int(label) < len(names):
@@ -392,9 +390,11 @@ def one_generator_each(
     return list(generator)
 
 
-def convert(pixel_values: Tensor, output_type: str) -> Any:
+def convert(pixel_values: torch.Tensor, output_type: str) -> Any:
     """Pixel values `(n, 3, h, w)` in [-1, 1] as `pt`, `np` or `pil`; see `ClassConditionalPipeline.__call__`."""
     if output_type == "pt":
         return pixel_values.cpu()
     scaled = ((pixel_values + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
-    return scaled if output_type == "np" else DiffusionPipeline.numpy_to_pil(scaled)
+    if output_type == "np":
+        return scaled
+    return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in scaled]
