@@ -188,6 +188,13 @@ def test_of_two_seeds_the_page_shows_both_and_claims_no_interval(tmp_path):
     assert "(2 seeds: +10.0 and -15.0, too few for an interval)" in page.answers(experiment, found)[1]
 
 
+def test_intervals_of_shares_end_where_shares_do():
+    assert page.span([0.83, 1.01], share=True) == "83.0 to 100.0"
+    assert page.span([-0.31, 0.02], share=True) == "-31.0 to 0.0"  # of what is kept less what is best
+    assert page.span([-0.31, 0.02], share=True, difference=True) == "-31.0 to 2.0"
+    assert page.span([-0.31, 1.02], share=False) == "-0.310 to 1.020"
+
+
 def test_the_answer_says_what_may_be_chance(tmp_path):
     experiment = load(tmp_path, seeds=[0, 1, 2])
     found = summarize(

@@ -80,10 +80,19 @@ def text(value: float, share: bool, sign: bool = False) -> str:
     return f"{value:+.3f}" if sign else str(int(value)) if value == int(value) else number(value)
 
 
+def possible(interval: list[float], share: bool) -> list[float]:
+    """A share's interval without what lies beyond 0 to 100 %, as Student's t does not know; of a loss, -100 to 0 %."""
+    if not share:
+        return interval
+    limits = (0, 1) if sum(interval) >= 0 else (-1, 0)
+    clipped: list[float] = np.clip(interval, *limits).tolist()
+    return clipped
+
+
 def span(interval: list[float] | None, share: bool, difference: bool = False) -> str:
-    """`low to high`, or nothing; a share's stays within 0 to 100 %, as Student's t does not know."""
-    if interval and share and not difference:
-        interval = np.clip(interval, 0, 1).tolist()
+    """`low to high`, or nothing."""
+    if interval and not difference:
+        interval = possible(interval, share)
     return interval_text(interval, 100 if share else 1)
 
 
@@ -318,8 +327,8 @@ def points(axes: Axes, experiment: Experiment, summaries: Summaries, name: str) 
         summary = summaries[arm.name][name]
         colour = COLOURS[6] if arm.name == experiment.against else COLOURS[0]
         axes.plot(scale * np.array(summary.by_seed), [row] * len(summary.by_seed), ".", color=colour, alpha=0.6)
-        interval = summary.interval or [summary.mean, summary.mean]
-        reach = scale * np.abs(np.array(interval) - summary.mean)[:, None]
+        ends = possible(summary.interval or [summary.mean] * 2, share)
+        reach = scale * np.abs(np.array(ends) - summary.mean)[:, None]
         axes.errorbar(scale * summary.mean, row, xerr=reach, fmt="o", color=colour, capsize=3)
     axes.set_yticks(range(len(arms)), [arm.title for arm in arms])
     axes.invert_yaxis()
@@ -341,7 +350,7 @@ def curve(axes: Axes, experiment: Experiment, summaries: Summaries, name: str) -
             on_it += [arm for arm in arms if arm.x == last and arm.line != line]
         found = [summaries[arm.name][name] for arm in on_it]
         x, y = [arm.x or 0 for arm in on_it], scale * np.array([summary.mean for summary in found])
-        ends = np.array([summary.interval or [summary.mean] * 2 for summary in found])
+        ends = np.array([possible(summary.interval or [summary.mean] * 2, share) for summary in found])
         reach = np.abs(scale * ends.T - y)
         axes.errorbar(x, y, yerr=reach, capsize=3, label=line or None, color=colour, marker=marker)
         for place, summary in zip(x, found, strict=True):
