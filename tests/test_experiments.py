@@ -25,6 +25,7 @@ from pathalign.config import ConfigError
 from pathalign.experiments import measures, page, recipe, study
 from pathalign.experiments.measures import Figure
 from pathalign.experiments.results import over_seeds, summarize
+from pathalign.experiments.running import execute, runs_of
 from pathalign.grading.simulated import SimulatedGrader
 from pathalign.images import ImageSet
 from pathalign.ledger import Ledger
@@ -326,6 +327,20 @@ def test_a_run_that_fails_is_reported_with_the_end_of_its_log(tmp_path):
     )
     assert result.exit_code == 1
     assert "study: main, seed 0 failed" in result.stderr and str(tmp_path / "nothing") in result.stderr
+
+
+def test_an_experiment_whose_run_fails_is_left_out_and_the_others_go_on(tmp_path):
+    runs = []
+    for name, source in (("broken", str(tmp_path / "nothing")), ("fine", "phantom")):
+        study = {**TINY_STUDY, "settings": {"data": {**TINY["data"], "source": source}}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+        found = runs_of(recipe.load(str(tmp_path / f"{name}.yaml")), tmp_path / "out")
+        runs += [replace(run, arm=replace(run.arm, until="data")) for run in found]
+    over = dict(execute(runs, tmp_path / "out", workers=1, data=None, minutes=None))
+    assert list(over) == ["broken", "fine"] and over["fine"] is None
+    assert "broken: main, seed 0 failed" in str(over["broken"]) and str(tmp_path / "nothing") in str(over["broken"])
+    assert [run.folder.is_dir() for run in runs] == [True, False, True, True]
+    assert [(run.folder / "data").is_dir() for run in runs] == [False, False, True, True]
 
 
 def test_the_data_stage_makes_one_class_rare_and_leaves_the_others_as_they_are(tmp_path):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +60,13 @@ def check(runs: Iterable[Run], data: str | None, minutes: float | None) -> None:
         run.experiment.jobs(run.arm, run.seed, run.folder, data, minutes)
 
 
-def execute(runs: Iterable[Run], output_dir: Path, workers: int, data: str | None, minutes: float | None) -> None:
-    """Do all runs that are not done; the same call after an interruption goes on.
+def execute(
+    runs: Iterable[Run], output_dir: Path, workers: int, data: str | None, minutes: float | None
+) -> Generator[tuple[str, InputError | None], None, None]:
+    """Do all runs that are not done, whichever experiment they belong to; the same call after an interruption goes on.
+
+    If a run fails, those of its experiment that have begun are ended and the others left out; nothing is lost. Other
+    experiments go on.
 
     Args:
         runs: In their order.
@@ -70,14 +75,14 @@ def execute(runs: Iterable[Run], output_dir: Path, workers: int, data: str | Non
         data: Real images, in place of the recipe's.
         minutes: Scales the recipe's steps and images; None leaves them.
 
-    Raises:
-        InputError: If a run fails, with the end of its log. Others that have begun are ended; nothing is lost.
+    Yields:
+        The name of each experiment as soon as its runs are over, with the first failure and the end of its log.
     """
     if threading.current_thread() is threading.main_thread():
-        for name in (signal.SIGTERM, signal.SIGHUP):  # a batch system or a closed terminal: end as by Ctrl-C
-            signal.signal(name, signal.default_int_handler)
-    waiting = list(runs)
-    total, started, active = len(waiting), time.monotonic(), list[_Process]()
+        for number in (signal.SIGTERM, signal.SIGHUP):  # a batch system or a closed terminal: end as by Ctrl-C
+            signal.signal(number, signal.default_int_handler)
+    waiting, active, failures = list(runs), list[_Process](), dict[str, InputError]()
+    total, done, began = len(waiting), 0, time.monotonic()
     try:
         while waiting or active:
             while waiting and len(active) < workers:
@@ -87,10 +92,20 @@ def execute(runs: Iterable[Run], output_dir: Path, workers: int, data: str | Non
             time.sleep(0.2)
             for process in [one for one in active if one.ended()]:
                 active.remove(process)
-                process.check()
-                done = total - len(waiting) - len(active)
-                left = (time.monotonic() - started) / done * (total - done)
-                say(f"{process.run.label}: done; {done} of {total} runs, about {left / 60:.0f} min left")
+                done, name = done + 1, process.run.experiment.name
+                try:
+                    process.check()
+                except InputError as error:
+                    failures.setdefault(name, error)
+                    waiting = [run for run in waiting if run.experiment.name != name]
+                    for other in active:
+                        if other.run.experiment.name == name:
+                            other.interrupt()
+                else:
+                    left = (time.monotonic() - began) / done * (len(waiting) + len(active))
+                    say(f"{process.run.label}: done; {done} of {total} runs, about {left / 60:.0f} min left")
+                if all(run.experiment.name != name for run in (*waiting, *(other.run for other in active))):
+                    yield name, failures.get(name)
     finally:
         for process in active:
             process.interrupt()

@@ -6,6 +6,7 @@ import json
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,20 +69,23 @@ def run(
             ["no real images are named; give `--data DIR_OR_HUB_ID` (`--data phantom` only shows that it runs)."],
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    runs = {one.name: runs_of(one, output_dir) for one in experiments}
-    check([run for some in runs.values() for run in some], data, minutes)
+    every_run = [run for one in experiments for run in runs_of(one, output_dir)]
+    check(every_run, data, minutes)
     command = _command(sources, data, seeds, scale, minutes, workers)
     results, failures = {}, []
-    for experiment in experiments:
-        try:
-            execute(runs[experiment.name], output_dir, workers, data, minutes)
-            results[experiment.name] = _finish(experiment, output_dir, data, command)
-        except InputError as error:
-            failures.append(str(error))
-            say(str(error))
+    with closing(execute(every_run, output_dir, workers, data, minutes)) as over:
+        for name, failure in over:
+            try:
+                if failure:
+                    raise failure
+                experiment = next(one for one in experiments if one.name == name)
+                results[name] = _finish(experiment, output_dir, data, command)
+            except InputError as error:
+                failures.append(str(error))
+                say(str(error))
     if failures:
         raise InputError(f"{len(failures)} of {len(experiments)} experiments failed; the first says: {failures[0]}")
-    say(f"Behind {', '.join(results)}: {_compute([run.folder for some in runs.values() for run in some])}.")
+    say(f"Behind {', '.join(results)}: {_compute([run.folder for run in every_run])}.")
     return results
 
 
