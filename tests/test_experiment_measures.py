@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_artefacts as tiny
 import torch
+from scipy import stats
 
 from pathalign.diffusion import lora
 from pathalign.experiments import page, recipe, subtypes
@@ -116,4 +117,7 @@ def test_checks_of_a_training_compare_its_end_with_what_was_kept(tmp_path: Path)
     assert (values["judge_kept"], values["judge_best"], values["judge_last"]) == (0.6, 0.7, 0.3)
     assert values["judge_kept_less_best"] == pytest.approx(-0.1) and values["best_epoch"] == 2
     assert (values["reward_first"], values["reward_last"], values["kept_epoch"]) == (0.5, 0.9, 4)
+    wilson = stats.binomtest(120, 200).proportion_ci(method="wilson")
+    assert found["judge_kept"].interval == pytest.approx([wilson.low, wilson.high]) and found["judge_kept"].n == 200
+    assert found["judge_best"].interval is None  # picked with the judge in view
     assert json.dumps(values)

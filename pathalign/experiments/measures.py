@@ -127,10 +127,14 @@ def checks(place: Place) -> dict[str, Figure]:
     judged = [row["judge_share"] for row in rows]
     best = max(rows, key=lambda row: row["judge_share"])
     kept = next(row for row in rows if row["epoch"] == training["kept_epoch"])
+
+    def accepted(share: float) -> Figure:
+        return proportion(np.arange(n) < round(share * n))
+
     return {
-        "judge_first": Figure(judged[0], None, n),
-        "judge_last": Figure(judged[-1], None, n),
-        "judge_kept": Figure(kept["judge_share"], None, n),
+        "judge_first": accepted(judged[0]),
+        "judge_last": accepted(judged[-1]),
+        "judge_kept": accepted(kept["judge_share"]),
         "judge_best": Figure(best["judge_share"], None, n),
         "judge_kept_less_best": Figure(kept["judge_share"] - best["judge_share"], None, n),
         "reward_first": Figure(rows[0]["reward"], None, n),
