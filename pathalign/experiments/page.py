@@ -349,7 +349,9 @@ def curve(axes: Axes, experiment: Experiment, summaries: Summaries, name: str) -
         if index:  # curves end where all grades are used, whichever came first
             on_it += [arm for arm in arms if arm.x == last and arm.line != line]
         found = [summaries[arm.name][name] for arm in on_it]
-        x, y = [arm.x or 0 for arm in on_it], scale * np.array([summary.mean for summary in found])
+        beside = 0.015 * last * (index - (len(lines) - 1) / 2)  # so that no curve hides another
+        x = np.array([arm.x or 0 for arm in on_it]) + beside
+        y = scale * np.array([summary.mean for summary in found])
         ends = np.array([possible(summary.interval or [summary.mean] * 2, share) for summary in found])
         reach = np.abs(scale * ends.T - y)
         axes.errorbar(x, y, yerr=reach, capsize=3, label=line or None, color=colour, marker=marker)
