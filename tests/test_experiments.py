@@ -336,7 +336,8 @@ def test_an_experiment_whose_run_fails_is_left_out_and_the_others_go_on(tmp_path
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
         found = runs_of(recipe.load(str(tmp_path / f"{name}.yaml")), tmp_path / "out")
         runs += [replace(run, arm=replace(run.arm, until="data")) for run in found]
-    over = dict(execute(runs, tmp_path / "out", workers=1, data=None, minutes=None))
+    ended = execute(runs, tmp_path / "out", workers=1, data=None, minutes=None)
+    over = {experiment.name: failure for experiment, failure in ended}
     assert list(over) == ["broken", "fine"] and over["fine"] is None
     assert "broken: main, seed 0 failed" in str(over["broken"]) and str(tmp_path / "nothing") in str(over["broken"])
     assert [run.folder.is_dir() for run in runs] == [True, False, True, True]

@@ -129,7 +129,7 @@ def checks(place: Place) -> dict[str, Figure]:
     kept = next(row for row in rows if row["epoch"] == training["kept_epoch"])
 
     def accepted(share: float) -> Figure:
-        return proportion(np.arange(n) < round(share * n))
+        return Figure(share, alignment.wilson(round(share * n), n, CONFIDENCE), n)
 
     return {
         "judge_first": accepted(judged[0]),

@@ -62,7 +62,7 @@ def check(runs: Iterable[Run], data: str | None, minutes: float | None) -> None:
 
 def execute(
     runs: Iterable[Run], output_dir: Path, workers: int, data: str | None, minutes: float | None
-) -> Generator[tuple[str, InputError | None], None, None]:
+) -> Generator[tuple[Experiment, InputError | None], None, None]:
     """Do all runs that are not done, whichever experiment they belong to; the same call after an interruption goes on.
 
     If a run fails, those of its experiment that have begun are ended and the others left out; nothing is lost. Other
@@ -76,7 +76,7 @@ def execute(
         minutes: Scales the recipe's steps and images; None leaves them.
 
     Yields:
-        The name of each experiment as soon as its runs are over, with the first failure and the end of its log.
+        Each experiment as soon as its runs are over, with the first failure and the end of its log.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):  # a batch system or a closed terminal: end as by Ctrl-C
@@ -105,7 +105,7 @@ def execute(
                     left = (time.monotonic() - began) / done * (len(waiting) + len(active))
                     say(f"{process.run.label}: done; {done} of {total} runs, about {left / 60:.0f} min left")
                 if all(run.experiment.name != name for run in (*waiting, *(other.run for other in active))):
-                    yield name, failures.get(name)
+                    yield process.run.experiment, failures.get(name)
     finally:
         for process in active:
             process.interrupt()

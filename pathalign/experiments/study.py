@@ -74,12 +74,11 @@ def run(
     command = _command(sources, data, seeds, scale, minutes, workers)
     results, failures = {}, []
     with closing(execute(every_run, output_dir, workers, data, minutes)) as over:
-        for name, failure in over:
+        for experiment, failure in over:
             try:
                 if failure:
                     raise failure
-                experiment = next(one for one in experiments if one.name == name)
-                results[name] = _finish(experiment, output_dir, data, command)
+                results[experiment.name] = _finish(experiment, output_dir, data, command)
             except InputError as error:
                 failures.append(str(error))
                 say(str(error))
