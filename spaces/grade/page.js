@@ -58,7 +58,7 @@ function makeDesk({ call, outbox, sender, timer, views, session, onShow }) {
     const entry = inFront();
     const steps = past.length - at;
     const note = steps > 0 ? `Answer again to change it, X keeps it (${steps} back).` : null;
-    const changed = entry !== shown || steps > 0;
+    const changed = entry !== shown; // images that arrive meanwhile must not undo what was just marked
     if (entry && changed) {
       views[entry.mode].show(entry, note);
       timer.restart();

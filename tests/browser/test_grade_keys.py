@@ -13,8 +13,8 @@ from playwright.sync_api import Browser, Page, Route
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    graders = tuple("ada bea cid dan eve fay gil hal ida jon kim lea may noa ola".split())
-    made = make_site(tmp_path_factory.mktemp("keys") / "study", graders=graders, graders_per_image=15)
+    graders = tuple("ada bea cid dan eve fay gil hal ida jon kim lea may noa ola pat".split())
+    made = make_site(tmp_path_factory.mktemp("keys") / "study", graders=graders, graders_per_image=16)
     yield made.start()
     made.stop()
 
@@ -173,6 +173,28 @@ def test_undo_reaches_grades_given_in_another_browser(open_page, site: Site):
     second.keyboard.press("u")
     rows = rows_of(site, second)
     assert (len(rows), rows[-1]["supersedes"]) == (4, old[-1]["grade_id"])
+
+
+def test_images_that_arrive_while_an_earlier_answer_is_changed_leave_what_was_marked(open_page, site: Site):
+    page = open_page("pat")
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        asked = json.loads(route.request.post_data)["fn_name"]
+        held.append(route) if asked == "next_items" else route.continue_()
+
+    page.route("**/component_server/**", hold)
+    accept(page, 3)  # five images are left: more are asked for
+    while not held:
+        page.wait_for_timeout(20)
+    page.keyboard.press("z")
+    page.keyboard.press("2")
+    held.pop().continue_()
+    page.wait_for_function("Number(document.querySelector('.page').dataset.ready) >= 8")
+    page.keyboard.press("i")
+    rows = rows_of(site, page)
+    assert (rows[-1]["verdict"], rows[-1]["failed_criteria"]) == ("implausible", ["nucleus_shape"])
+    assert rows[-1]["supersedes"] == rows[2]["grade_id"]
 
 
 def test_what_is_skipped_comes_back_at_the_end_and_undo_brings_it_back_at_once(open_page, site: Site):
