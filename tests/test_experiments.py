@@ -89,10 +89,11 @@ def test_an_arm_with_another_method_leaves_the_recipes_settings_of_its_own_one_b
     experiment = load(tmp_path, settings=settings, arms={**ARMS, "draft": {"settings": {"align": {"method": "draft"}}}})
     assert experiment.values(experiment.arm("main"), 3, None, None)["align"] == {
         "method": "reward-weighted",
+        "mixed_precision": "auto",
         "lora_rank": 2,
     }
     values = experiment.values(experiment.arm("draft"), 3, "cells", None)
-    assert values["align"] == {"method": "draft", "lora_rank": 2}
+    assert values["align"] == {"method": "draft", "mixed_precision": "auto", "lora_rank": 2}
     assert values["seed"] == 3 and values["data"]["source"] == "cells"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from pathalign.images import ImageSet
 from pathalign.randomness import seeded
 from pathalign.schema import InputError, RunRecord
 from pathalign.settings.pretrain import PretrainConfig
+from pathalign.trainers import base
 from pathalign.trainers.base import RunFolder, cosine_rate, require_finite
 from pathalign.trainers.pretrain import PretrainTrainer, denoising_loss, evenly_spread, new_pipeline, pretrain
 
@@ -317,6 +319,24 @@ def test_half_precision_trains_and_saves_whole_weights(config: PretrainConfig, t
     weights = load_file(tmp_path / "base" / WEIGHTS)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(("has_it", "precision"), [(True, "bf16"), (False, "no")])
+def test_automatic_precision_is_that_of_the_device_and_is_recorded(
+    config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_it: bool, precision: str
+):
+    monkeypatch.setattr(base, "computes_in_bf16", lambda device_type: has_it)
+    record = pretrain(replace(config, steps=2, mixed_precision="auto"), tmp_path / "auto")
+    pretrain(replace(config, steps=2, mixed_precision=precision), tmp_path / "named")
+    assert record.config["mixed_precision"] == precision
+    weights, named = (load_file(tmp_path / name / WEIGHTS) for name in ("auto", "named"))
+    assert all(torch.equal(weights[name], named[name]) for name in named)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="no list of the processor's instructions")
+def test_a_cpu_computes_in_bf16_if_its_list_of_instructions_says_so():
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    assert base.computes_in_bf16("cpu") == bool({"avx512_bf16", "amx_bf16"} & set(flags[1].split() if flags else ()))
 
 
 def test_sample_sheets_are_drawn_on_the_way(config: PretrainConfig, tmp_path: Path):

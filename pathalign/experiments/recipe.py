@@ -26,6 +26,7 @@ OPTIONS = {
 NEED_EVALUATION = ("evaluation", "rare_class", "concepts")
 MEASURES = tuple(OPTIONS)
 BASES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+TRAINED = ("pretrain", "align", "control")  # in bf16 where the device computes in it, unless settings say otherwise
 FEATURES = "features"
 NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 
@@ -112,7 +113,8 @@ class Experiment:
         method = (changed.get("align") or {}).get("method")
         if method not in (None, (values.get("align") or {}).get("method")):
             values = {**values, "align": {}}  # the recipe's settings are those of its own method
-        values = merge(values, changed)
+        trained: dict[str, Any] = {stage: {"mixed_precision": "auto"} for stage in TRAINED if stage in values}
+        values = merge(values, merge(trained, changed))
         if arm is not self.arms[0]:  # what is compared with is measured once
             values = merge({"evaluate": {"control": None, "best_of_n": None}}, values)
         return merge(values, {"seed": seed, "data": {"source": data} if data else {}})

@@ -64,7 +64,9 @@ class AdapterConfig(StageConfig):
     lora_alpha: float = option(8.0, "Scale of the adapter, over its rank.", minimum=0.0)
     lora_convolutions: bool = option(True, "Adapt convolutions and time projections too, not attention only.")
     sample_batch_size: int = option(50, "Images sampled at once, per device.", minimum=1)
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Precision of the forward pass, by Accelerate.")
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] = option(
+        "no", "Precision of the forward pass, by Accelerate; `auto` is bf16 where the device computes in it, else no."
+    )
     checkpoint_every_steps: int = option(20, "Steps (epochs of policy trainers) between checkpoints.", minimum=1)
     trackers: list[str] = option([], "Trackers beside log.jsonl: tensorboard, trackio.")
     seed: int = option(0, "Seed of adapter weights, samples, batches and noise.", minimum=0)

@@ -43,7 +43,9 @@ class PretrainConfig(StageConfig):
     augment: Literal["flips_rotations", "none"] = option(
         "flips_rotations", "Random flips and quarter turns, or nothing."
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Precision of the forward pass, by Accelerate.")
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] = option(
+        "no", "Precision of the forward pass, by Accelerate; `auto` is bf16 where the device computes in it, else no."
+    )
     validate_every_steps: int = option(
         200, "Steps between validations; the best validated weights are kept.", minimum=1
     )

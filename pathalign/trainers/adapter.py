@@ -31,7 +31,7 @@ from pathalign.randomness import seeded
 from pathalign.remote import parse
 from pathalign.schema import InputError, RunRecord, peak_rss_mb
 from pathalign.settings.adapter import AdapterConfig
-from pathalign.trainers.base import RunFolder, accelerator_for
+from pathalign.trainers.base import RunFolder, accelerator_for, with_precision
 from pathalign.trainers.pretrain import denoising_loss, evenly_spread
 from pathalign.trainers.rewards import Reward, identity, load_rewards
 from pathalign.trainers.usage import Usage
@@ -88,7 +88,7 @@ class AdapterTrainer(ABC, Generic[Config]):
         folder: Path,
     ) -> None:
         self.pipeline, self.folder, self.real = pipeline, folder, real
-        self.config = config
+        self.config = config = with_precision(config)
         self.accelerator = accelerator_for(config.mixed_precision, config.trackers, folder)
         self.device = self.accelerator.device
         pipeline.to(self.device)

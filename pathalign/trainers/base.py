@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from pathalign.artefacts import write_atomically
 from pathalign.progress import say
 from pathalign.schema import InputError
+from pathalign.settings.adapter import AdapterConfig
+from pathalign.settings.pretrain import PretrainConfig
 
+Config = TypeVar("Config", bound=PretrainConfig | AdapterConfig)
 CHECKPOINT = re.compile(r"step-(\d+)\.pt")
 
 
@@ -116,6 +120,23 @@ class RunFolder:
                 if line.endswith("}") and json.loads(line)["step"] <= step
             ]
             write_atomically(path, "".join(line + "\n" for line in kept))
+
+
+def computes_in_bf16(device_type: str) -> bool:
+    """Whether devices of this type, as they are here, have instructions for bfloat16: emulated it is slow."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return any(can.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return False
+
+
+def with_precision(config: Config) -> Config:
+    """The same configuration with `mixed_precision: auto` resolved for the device at hand."""
+    if config.mixed_precision != "auto":
+        return config
+    return replace(config, mixed_precision="bf16" if computes_in_bf16(PartialState().device.type) else "no")
 
 
 def accelerator_for(mixed_precision: str, trackers: list[str], folder: Path) -> Accelerator:

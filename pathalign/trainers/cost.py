@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pathalign.diffusion import lora
@@ -26,11 +27,13 @@ from pathalign.images import ImageSet
 from pathalign.randomness import seeded
 from pathalign.remote import parse
 from pathalign.settings.adapter import AdapterConfig
+from pathalign.trainers.base import with_precision
 from pathalign.trainers.gpus import GPUS
 from pathalign.trainers.work import Work, work_of
 
 SHARE_OF_PEAK = (0.15, 0.20)  # what convolutional UNets reach of a GPU's peak at small batches; an assumption
 LARGEST_MEASURED_GFLOPS = {"cpu": 100.0}  # of one forward pass: beyond it a measurement on a CPU takes minutes
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 GB = 1e9
 
 
@@ -133,9 +136,9 @@ def total_flops(work: Work, profile: BaseProfile) -> float:
 def memory(config: AdapterConfig, work: Work, profile: BaseProfile) -> dict[str, float]:
     """Parts of the memory in GB: counted, not measured, and without the framework's own.
 
-    Half precision halves activations and adds a cast copy of the weights.
+    Half precision halves activations and adds a cast copy of the weights; `auto` counts as full, which is more.
     """
-    half = config.mixed_precision != "no"
+    half = config.mixed_precision in DTYPES
     weights = 4 * (profile.unet.parameters + profile.other_parameters)
     activations = work.graph * profile.unet.saved_bytes / (2 if half else 1)
     if profile.decoder is not None:
@@ -213,13 +216,18 @@ def measure(config: AdapterConfig, work: Work, profile: BaseProfile) -> Measured
     unet = new_unet(config, device)
     attach(unet, config)
     inputs = unet_inputs(unet, batch_size)
+    dtype = DTYPES.get(with_precision(config).mixed_precision)
+
+    def output() -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            return unet(**inputs).sample.float()
 
     def forward() -> None:
         with torch.no_grad():
-            unet(**inputs)
+            output()
 
     forward_s = seconds(forward, device) / batch_size
-    backward_s = seconds(lambda: unet(**inputs).sample.square().mean().backward(), device) / batch_size
+    backward_s = seconds(lambda: output().square().mean().backward(), device) / batch_size
     hours = (work.forward * forward_s + work.backward * backward_s) / 3600
     return Measured(str(device), batch_size, forward_s, backward_s, hours)
 

@@ -19,7 +19,7 @@ class Gpu:
 
     def peak_tflops(self, mixed_precision: str) -> float | None:
         """Peak in a precision; None if the GPU lacks it."""
-        if mixed_precision == "no":
+        if mixed_precision == "no" or (mixed_precision == "auto" and not self.has_bf16):
             return self.fp32_tflops
         return self.half_tflops if self.has_bf16 or mixed_precision == "fp16" else None
 

@@ -30,7 +30,7 @@ from pathalign.progress import Progress, say
 from pathalign.randomness import seeded
 from pathalign.schema import InputError, RunRecord, peak_rss_mb
 from pathalign.settings.pretrain import PretrainConfig
-from pathalign.trainers.base import RunFolder, accelerator_for, cosine_rate, require_finite
+from pathalign.trainers.base import RunFolder, accelerator_for, cosine_rate, require_finite, with_precision
 
 TRAIN_TIMESTEPS = 1000
 VALIDATION_BATCH = 100
@@ -159,7 +159,8 @@ class PretrainTrainer:
         config: PretrainConfig,
         folder: Path,
     ) -> None:
-        self.pipeline, self.config, self.folder = pipeline, config, folder
+        self.pipeline, self.folder = pipeline, folder
+        self.config = config = with_precision(config)
         self.train_set, self.validation_set = train, validation
         self.accelerator = accelerator_for(config.mixed_precision, config.trackers, folder)
         self.device = self.accelerator.device
