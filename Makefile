@@ -13,10 +13,10 @@ test: check  ## Lint, types and the quick tests: make test ARGS="-k reward"
 	$(VENV)/bin/pytest $(ARGS)
 
 test-all: check  ## As `test`, with the slow tests
-	$(VENV)/bin/pytest -m "" -n 0 $(ARGS)
+	$(VENV)/bin/pytest -m "" $(ARGS)
 
 slow: $(STAMP)  ## The slow tests only
-	$(VENV)/bin/pytest -m slow -n 0 $(ARGS)
+	$(VENV)/bin/pytest -m slow $(ARGS)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check
