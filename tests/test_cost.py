@@ -124,6 +124,16 @@ def test_an_estimate_needs_the_base_model_only_and_runs_nothing(base, tmp_path, 
     assert found["memory_gb"]["total"] == pytest.approx(sum(found["memory_gb"].values()) / 2)
 
 
+def test_an_estimate_with_automatic_precision_takes_each_gpus_own_and_memory_for_float32(base):
+    arguments = ["align", "--method", "draft", "--base-model", str(base), "--estimate", "--json", "--mixed-precision"]
+    auto, half, full = (
+        json.loads(CliRunner().invoke(main, [*arguments, name]).stdout) for name in ("auto", "bf16", "no")
+    )
+    assert auto["gpu_hours"]["T4"] == full["gpu_hours"]["T4"] and half["gpu_hours"]["T4"] is None  # it has no bf16
+    assert auto["gpu_hours"]["H100"] == half["gpu_hours"]["H100"] < full["gpu_hours"]["H100"]
+    assert auto["memory_gb"] == full["memory_gb"] != half["memory_gb"]
+
+
 def test_an_estimate_of_a_missing_base_model_says_so(tmp_path):
     result = CliRunner().invoke(main, ["align", "--base-model", str(tmp_path / "none"), "--estimate"])
     assert result.exit_code != 0 and "none" in result.stderr
