@@ -307,7 +307,8 @@ def _charts(
         chart = figures.draw(folder / "curve", lambda axes: curve(axes, experiment, summaries, name))
     else:
         chart = figures.draw(folder / "arms", lambda axes: points(axes, experiment, summaries, name))
-    caption = f"{title}. {_which_seeds(experiment)}{_which_interval(experiment)}; small marks are single seeds."
+    small = "; small marks are single seeds" if len(experiment.seeds) > 1 else ""
+    caption = f"{title}. {_which_seeds(experiment)}{_which_interval(experiment)}{small}."
     found = [{"chart": chart, "alt": f"{title} of each arm; the numbers are in the table", "caption": caption}]
     if experiment.measure == "checks":
         for seed in experiment.seeds:
@@ -379,6 +380,7 @@ def trained(axes: Axes, trainings: dict[str, dict[str, Any]]) -> None:
             kept = [pair for pair in rows if pair[0] == training["kept_epoch"]]
             axes.plot(*zip(*kept, strict=True), "o", color=colour)
     axes.set_xlabel("epochs")
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel("mean over the check's images")
     axes.grid(axis="y", alpha=0.25)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=1, fontsize=8)
