@@ -181,7 +181,7 @@ def test_when_the_held_out_reward_turns_the_run_ends_and_the_best_checks_weights
     assert [check["epoch"] for check in checks] == [0, 1, 2, 3]
     assert [check["reward"] for check in checks] == pytest.approx(CLIMBING[:4], abs=1e-6)
     assert [check["held_out_reward"] for check in checks] == pytest.approx(TURNING[:4], abs=1e-6)
-    assert "Reward hacking after epoch 3: since epoch 2 the held-out reward fell from 0.700 to 0.400" in (
+    assert "Reward hacking after epoch 3: since epoch 2 the held-out reward fell from 0.7000 to 0.4000" in (
         capsys.readouterr().err
     )
     saved = RunRecord.load(run.folder / "adapter")

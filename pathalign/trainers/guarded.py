@@ -206,8 +206,8 @@ class GuardedTrainer(AdapterTrainer[Guarded]):
             now, then = check.figures(), best.figures()
             say(
                 f"Reward hacking after epoch {check.epoch}: since epoch {best.epoch} the held-out reward fell from "
-                f"{then['held_out_reward']:.3f} to {now['held_out_reward']:.3f}, while the reward went from "
-                f"{then['reward']:.3f} to {now['reward']:.3f}."
+                f"{then['held_out_reward']:.4f} to {now['held_out_reward']:.4f}, while the reward went from "
+                f"{then['reward']:.4f} to {now['reward']:.4f}."
             )
             self.reward_hacking = True
             if may_end:
