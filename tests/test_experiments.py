@@ -23,6 +23,7 @@ from test_loop import TINY, write_config
 from pathalign.cli import main
 from pathalign.config import ConfigError
 from pathalign.experiments import measures, page, recipe, study
+from pathalign.experiments.answers import answers, other_answers, span, title_of
 from pathalign.experiments.measures import Figure
 from pathalign.experiments.results import over_seeds, summarize
 from pathalign.experiments.running import execute, runs_of
@@ -75,7 +76,7 @@ def test_every_experiment_of_the_package_can_be_planned_at_both_scales(tmp_path)
 def test_every_figure_that_a_recipe_shows_has_a_title_for_readers():
     for name in recipe.names():
         for figure in recipe.load(name).show:
-            title, share = page.title_of(figure)
+            title, share = title_of(figure)
             assert title != figure.replace("_", " ") or figure.startswith("plausible_share of"), figure
             assert (
                 share
@@ -187,14 +188,32 @@ def test_of_two_seeds_the_page_shows_both_and_claims_no_interval(tmp_path):
     table = page.main_table(experiment, found)
     assert table.rows[0].cells[0] == page.Cell("65.0 %", "60.0 % and 70.0 %; +22.5")
     assert "Mean over the seeds 0, 1, the values of both" in table.caption
-    assert "(2 seeds: +10.0 and -15.0, too few for an interval)" in page.answers(experiment, found)[1]
+    assert "(2 seeds: +10.0 and -15.0, too few for an interval)" in answers(experiment, found)[1]
+
+
+def test_the_answer_says_of_every_further_figure_whether_it_differs_clearly(tmp_path):
+    def figures(values):
+        return {
+            arm: {seed: {"precision": Figure(value, None, 50)} for seed, value in enumerate(row)}
+            for arm, row in values.items()
+        }
+
+    experiment = load(tmp_path, seeds=[0, 1, 2])
+    values = {"main": [0.6, 0.7, 0.65], "base": [0.4, 0.45, 0.41], "short": [0.5, 0.3, 0.44]}
+    said = other_answers(experiment, summarize(experiment, figures(values)))
+    assert said == ["Precision against 'base': clearly higher: main (+23.0); may be chance: short (-0.7)."]
+    lower = {**values, "main": [0.2, 0.26, 0.2]}
+    said = other_answers(experiment, summarize(experiment, figures(lower)))
+    assert said == ["Precision against 'base': clearly lower: main (-20.0); may be chance: short (-0.7)."]
+    one_seed = load(tmp_path)
+    assert other_answers(one_seed, summarize(one_seed, figures(values))) == []
 
 
 def test_intervals_of_shares_end_where_shares_do():
-    assert page.span([0.83, 1.01], share=True) == "83.0 to 100.0"
-    assert page.span([-0.31, 0.02], share=True) == "-31.0 to 0.0"  # of what is kept less what is best
-    assert page.span([-0.31, 0.02], share=True, difference=True) == "-31.0 to 2.0"
-    assert page.span([-0.31, 1.02], share=False) == "-0.310 to 1.020"
+    assert span([0.83, 1.01], share=True) == "83.0 to 100.0"
+    assert span([-0.31, 0.02], share=True) == "-31.0 to 0.0"  # of what is kept less what is best
+    assert span([-0.31, 0.02], share=True, difference=True) == "-31.0 to 2.0"
+    assert span([-0.31, 1.02], share=False) == "-0.310 to 1.020"
 
 
 def test_the_answer_says_what_may_be_chance(tmp_path):
@@ -202,7 +221,7 @@ def test_the_answer_says_what_may_be_chance(tmp_path):
     found = summarize(
         experiment, figures_of({"main": [0.6, 0.7, 0.65], "base": [0.4, 0.45, 0.41], "short": [0.5, 0.3, 0.7]})
     )
-    lines = page.answers(experiment, found)
+    lines = answers(experiment, found)
     assert len(lines) == 2
     assert "65.0 % against 42.0 %" in lines[0] and "+23.0 points" in lines[0] and "chance" not in lines[0]
     assert "may be chance" in lines[1]

@@ -17,13 +17,9 @@ from pathalign.evaluate.page import (
     Cell,
     Table,
     TableRow,
-    interval_text,
-    number,
-    percent,
     write_page,
 )
-from pathalign.evaluate.page import points as percentage_points
-from pathalign.evaluate.report import ROWS
+from pathalign.experiments.answers import Summaries, answers, other_answers, possible, span, text, title_of
 from pathalign.experiments.measures import CONFIDENCE, Place, last_round, training_of
 from pathalign.experiments.recipe import Arm, Experiment
 from pathalign.experiments.results import FEWEST_SEEDS, Summary
@@ -31,107 +27,10 @@ from pathalign.experiments.subtypes import samples_of
 from pathalign.schema import InputError
 
 TEMPLATE = "experiment.html.jinja"
-# What the table calls the figures that no evaluation has, and whether they are shares.
-TITLES = {
-    "roc_auc_by_grader": ("ROC AUC (faultless grader)", False),
-    "roc_auc_by_judge": ("ROC AUC (judge)", False),
-    "reward_roc_auc": ("ROC AUC of the reward model", False),
-    "judge_first": ("Judge before training", True),
-    "judge_last": ("Judge at the end", True),
-    "judge_kept": ("Judge, of what is kept", True),
-    "judge_best": ("Judge, at its best", True),
-    "judge_kept_less_best": ("Judge, what is kept less its best", True),
-    "reward_first": ("Reward before training", False),
-    "reward_last": ("Reward at the end", False),
-    "kept_epoch": ("Epoch that is kept", False),
-    "best_epoch": ("Epoch of the judge's best", False),
-    "epochs": ("Epochs", False),
-    "subtype_right": ("Right subtype", True),
-    "concepts_plausible": ("Plausible (judge), new classes", True),
-    "subtype_judge_on_real": ("Subtype judge on unseen real cells", True),
-    "subtype_judge_balanced": ("the same, mean over subtypes", True),
-    "marks": ("Marks", False),
-    "class_recall": ("Cells of the class that are found", True),
-    "f1": ("F1", True),
-    "accuracy": ("Accuracy, all classes", True),
-}
 LINES = {"judge_share": "-", "reward": "--"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#808080")
 MARKERS = "os^DvPX"
 CLASS_PREFIX = "plausible share of "
-Summaries = dict[str, dict[str, Summary]]
-
-
-def title_of(name: str) -> tuple[str, bool]:
-    """What readers call a figure, and whether it is a share, shown in percent."""
-    if name in TITLES:
-        return TITLES[name]
-    figure, _, part = name.partition(" of ")
-    if part and figure in TITLES:
-        return f"{TITLES[figure][0]}: {part}", TITLES[figure][1]
-    row = next((row for row in ROWS if row.key == name), None)
-    return (row.title, row.kind == "share") if row else (name.replace("_", " "), "share" in name)
-
-
-def text(value: float, share: bool, sign: bool = False) -> str:
-    """A share in percent, or a number."""
-    if share:
-        return percentage_points(value) if sign else percent(value)
-    return f"{value:+.3f}" if sign else str(int(value)) if value == int(value) else number(value)
-
-
-def possible(interval: list[float], share: bool) -> list[float]:
-    """A share's interval without what lies beyond 0 to 100 %, as Student's t does not know; of a loss, -100 to 0 %."""
-    if not share:
-        return interval
-    limits = (0, 1) if sum(interval) >= 0 else (-1, 0)
-    clipped: list[float] = np.clip(interval, *limits).tolist()
-    return clipped
-
-
-def span(interval: list[float] | None, share: bool, difference: bool = False) -> str:
-    """`low to high`, or nothing."""
-    if interval and not difference:
-        interval = possible(interval, share)
-    return interval_text(interval, 100 if share else 1)
-
-
-def answers(experiment: Experiment, summaries: Summaries) -> list[str]:
-    """One sentence for each arm that is compared: how far its first figure lies from the one compared with."""
-    name = experiment.show[0]
-    title, share = title_of(name)
-    other = experiment.arm(experiment.against)
-    found = []
-    for arm in experiment.arms:
-        summary = summaries[arm.name].get(name)
-        if summary is None or arm is other:
-            continue
-        if summary.difference is None:
-            within = f" ({span(summary.interval, share)})" if summary.interval else ""
-            found.append(f"{arm.title}: {title.lower() if share else title} {text(summary.mean, share)}{within}.")
-            continue
-        unit = " points" if share else ""
-        line = (
-            f"{arm.title}: {title.lower() if share else title} {text(summary.mean, share)} against "
-            f"{text(summaries[other.name][name].mean, share)} of {other.title!r}, "
-            f"{text(summary.difference, share, sign=True)}{unit}"
-        )
-        if summary.difference_interval is None:
-            pairs = zip(summary.by_seed, summaries[other.name][name].by_seed, strict=True)
-            each = " and ".join(text(value - base, share, sign=True) for value, base in pairs)
-            several = f"{each}, " if len(summary.by_seed) > 1 else ""
-            line += f" ({_count(experiment)}: {several}too few for an interval)."
-        else:
-            verdict = "" if summary.clear else ", which may be chance"
-            within = span(summary.difference_interval, share, difference=True)
-            line += f" ({100 * CONFIDENCE:.0f} % over seeds: {within}{verdict})."
-        found.append(line)
-    return found
-
-
-def _count(experiment: Experiment) -> str:
-    count = len(experiment.seeds)
-    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def main_table(experiment: Experiment, summaries: Summaries) -> Table:
@@ -255,7 +154,7 @@ def write(
         TEMPLATE,
         Path(__file__).parent,
         experiment=experiment,
-        answers=answers(experiment, summaries),
+        answers=[*answers(experiment, summaries), *other_answers(experiment, summaries)],
         sheets=_sheets(experiment, places),
         tables=[table for table in (main_table(experiment, summaries), class_table(experiment, summaries)) if table],
         seeds=seed_table(experiment, summaries),
