@@ -11,12 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pathalign.schema import InputError
+from pathalign.schema import InputError, RunRecord, peak_rss_mb
 
 FULL_DISK_BYTES = 2**20
 
@@ -41,7 +42,7 @@ def artefact(output_dir: str | Path, *, scratch: tuple[str, ...] = ("checkpoints
     Raises:
         InputError: If the place cannot be written to, or holds something that is no artefact.
     """
-    output_dir = Path(output_dir).absolute()
+    started, output_dir = time.monotonic(), Path(output_dir).absolute()
     working = partial_dir(output_dir)
     if os.environ.get("RANK", "0") != "0":
         working.mkdir(parents=True, exist_ok=True)
@@ -66,6 +67,7 @@ def artefact(output_dir: str | Path, *, scratch: tuple[str, ...] = ("checkpoints
         raise
     for name in scratch:
         shutil.rmtree(working / name, ignore_errors=True)
+    _complete_record(working, time.monotonic() - started)
     if output_dir.exists():
         replaced = output_dir.with_name(f".{output_dir.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -74,6 +76,15 @@ def artefact(output_dir: str | Path, *, scratch: tuple[str, ...] = ("checkpoints
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         working.rename(output_dir)
+
+
+def _complete_record(folder: Path, wall_s: float) -> None:
+    """Time and peak memory of making the folder, in the run record of a stage that has not measured them itself."""
+    if (folder / RunRecord.FILE_NAME).is_file():
+        record = RunRecord.load(folder)
+        if not (record.wall_s and record.peak_rss_mb):
+            record.wall_s, record.peak_rss_mb = record.wall_s or wall_s, record.peak_rss_mb or peak_rss_mb()
+            record.save(folder)
 
 
 def check_place(output_dir: Path) -> None:

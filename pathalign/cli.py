@@ -25,8 +25,7 @@ from pathalign.commands.space import space
 from pathalign.commands.stages import command_of, stage_command, with_subcommands
 from pathalign.commands.study import study
 from pathalign.config import ConfigError, parse_overrides, read_yaml
-from pathalign.ledger import peak_rss_mb
-from pathalign.schema import DISCLAIMER, InputError
+from pathalign.schema import DISCLAIMER, InputError, peak_rss_mb
 from pathalign.stages import METHODS, MOST_ROUNDS, PULL, SCORE, load
 from pathalign.workflow import StepResult, execute, merge, plan, recipe
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 from pathalign.artefacts import fingerprint, partial_dir, write_atomically
 from pathalign.progress import say
 from pathalign.rounds import Job
-from pathalign.schema import InputError
+from pathalign.schema import InputError, peak_rss_mb
 
 LEDGER_NAME = "stages.json"
 
@@ -144,12 +142,6 @@ def signature(path: Path) -> str:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     stats = [(str(file.relative_to(path)), file.stat()) for file in files if file.is_file()]
     return fingerprint([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
-
-
-def peak_rss_mb() -> float:
-    """Largest resident memory that this process has had, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024**2 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager

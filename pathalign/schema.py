@@ -10,6 +10,7 @@ import json
 import platform
 import re
 import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -255,8 +256,9 @@ def library_versions() -> dict[str, str]:
 
 
 def peak_rss_mb() -> float:
-    """Peak resident memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Largest resident memory that this process has had, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024**2 if sys.platform == "darwin" else 1024)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -8,13 +8,22 @@ from pathlib import Path
 import pytest
 
 from pathalign.artefacts import artefact, fingerprint, partial_dir, write_atomically
-from pathalign.schema import InputError
+from pathalign.schema import InputError, RunRecord
 
 
 def make(output_dir: Path, text: str) -> None:
     with artefact(output_dir) as folder:
         (folder / "content").write_text(text)
-        (folder / "run.json").write_text("{}")
+        RunRecord("stage", {}).save(folder)
+
+
+def test_a_run_record_without_time_and_memory_gets_those_of_making_the_folder(tmp_path: Path):
+    make(tmp_path / "unmeasured", "x")
+    unmeasured = RunRecord.load(tmp_path / "unmeasured")
+    assert 0 < unmeasured.wall_s < 60 and unmeasured.peak_rss_mb > 1
+    with artefact(tmp_path / "measured") as folder:
+        RunRecord("stage", {}, wall_s=1000.0).save(folder)
+    assert RunRecord.load(tmp_path / "measured").wall_s == 1000.0
 
 
 def test_the_folder_appears_only_at_the_end(tmp_path: Path):

@@ -19,7 +19,7 @@ from pathalign import stages, workflow
 from pathalign.artefacts import artefact, partial_dir
 from pathalign.config import ConfigError, StageConfig, option, parse_overrides
 from pathalign.ledger import LEDGER_NAME
-from pathalign.schema import InputError
+from pathalign.schema import InputError, RunRecord
 from pathalign.stages import Stage, Step
 
 
@@ -59,7 +59,7 @@ class Loop:
             if self.interrupt_in == output_dir.name:
                 raise KeyboardInterrupt
             (folder / "text").write_text(text)
-            (folder / "run.json").write_text(str(len(self.made)))
+            RunRecord("work", {}, metrics={"made": len(self.made)}).save(folder)
         self.made.append(output_dir.name)
 
     def write(self, config: SourceConfig, output_dir: Path) -> None:
