@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from test_recipes import METHOD_FILES, PROJECT
 
-PROJECT = Path(__file__).resolve().parents[1]
-ADAPTERS = ["adapter", *(f"adapter_{name}" for name in ("ddpo", "grpo", "draft", "dpo", "concepts"))]
+ADAPTERS = ["adapter", *(f"adapter_{name}" for name in METHOD_FILES.values())]
 
 
 @pytest.mark.slow

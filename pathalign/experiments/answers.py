@@ -113,14 +113,12 @@ def other_answers(experiment: Experiment, summaries: Summaries) -> list[str]:
         for arm in experiment.arms:
             summary = summaries[arm.name].get(name)
             if summary and summary.difference is not None and summary.difference_interval:
-                kind = (
-                    "may be chance"
-                    if not summary.clear
-                    else f"clearly {'higher' if summary.difference > 0 else 'lower'}"
-                )
-                kinds[kind].append(f"{arm.title} ({text(summary.difference, share, sign=True)})")
-        said = "; ".join(f"{kind}: {', '.join(arms)}" for kind, arms in kinds.items() if arms)
-        found += [f"{title} against {experiment.arm(experiment.against).title!r}: {said}."] if said else []
+                side = "clearly higher" if summary.difference > 0 else "clearly lower"
+                said = f"{arm.title} ({text(summary.difference, share, sign=True)})"
+                kinds[side if summary.clear else "may be chance"].append(said)
+        if any(kinds.values()):
+            parts = "; ".join(f"{kind}: {', '.join(arms)}" for kind, arms in kinds.items() if arms)
+            found.append(f"{title} against {experiment.arm(experiment.against).title!r}: {parts}.")
     return found
 
 
